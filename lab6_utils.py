@@ -1,0 +1,1572 @@
+"""Shared code of the i-CLEVR diffusion workbook, in the order of its notebooks.
+
+     1  Settings              one frozen record of every choice, from a profile, a preset and overrides
+     2  Labels and data       the 24 objects, the course's files, the training images
+     3  Forward process       noise schedules, q(x_t | x_0), signal-to-noise ratio        (notebook 02)
+     4  Denoisers             U-Nets of diffusers that are told which objects to draw     (notebook 03)
+     5  Training              loss, EMA, checkpoints that resume exactly                  (notebook 03)
+     6  Sampling              ICLEVRPipeline, guidance, schedulers                        (notebook 04)
+     7  Evaluation            the ResNet-18 evaluator, the course's protocol, intervals   (notebook 05)
+     8  Figures               what every notebook draws
+     9  Widgets               the sliders of notebook 04
+    10  Provenance            every figure and number says what made it
+
+Conventions. Images are (B, 3, 64, 64) float32 in [-1, 1]; labels are (B, 24) multi-hot float32 in the order
+of OBJECTS; timesteps run from 0 (almost clean) to T - 1 (almost noise). The letters are those of Ho et al.
+2020: x_0, x_t, eps, and alpha_bar for the cumulative product of (1 - beta). Guidance is
+eps_uncond + s * (eps_cond - eps_uncond): s = 1 is off, s = 0 ignores the labels. All randomness is derived
+from (seed, step), so the same settings give the same result, resumed or not. Importing this module does
+nothing but define names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import subprocess
+import textwrap
+import time
+import typing
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent
+WEIGHTS = ROOT / "data" / "weights"
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+# 1  Settings
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+
+#: Each profile says how much is computed, never what: the same notebooks run in all of them.
+PROFILES = {
+    "tiny": dict(  # the tests: seconds a notebook, every line exercised
+        channels=(8, 16, 16),
+        token_dim=16,
+        norm_groups=8,
+        batch_size=8,
+        epochs=2,
+        warmup_steps=2,
+        max_images=48,
+        steps=4,
+        seeds=2,
+        ddpm_images=1,
+        evaluator_epochs=1,
+        evaluation_sets=4,
+    ),
+    "quick": dict(  # the default without a GPU: shipped weights, a short training shown, few seeds
+        channels=(32, 48, 64),
+        epochs=8,
+        max_images=1024,
+        warmup_steps=20,
+        seeds=2,
+    ),
+    "shipped": dict(  # shipped weights, 16 seeds, a short training shown; writes figures/
+        channels=(32, 48, 64),
+        epochs=8,
+        max_images=1024,
+        warmup_steps=20,
+        seeds=16,
+    ),
+    "full": dict(seeds=16, ddpm_images=32),  # trains everything; wants a GPU
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every choice of a run. Make one with `make_settings`; it is saved in each checkpoint.
+
+    What the system is: `preset` names one of PRESETS, which fills the fields of the model, the diffusion and
+    the optimiser; any field may be overridden. Lengths of `channels` and `attention` agree: one entry for
+    each resolution, the highest first.
+    """
+
+    profile: str = "quick"
+    preset: str = "tokens"
+    seed: int = 0
+    device: str = "auto"  # cuda, mps or cpu, chosen in that order
+    precision: str = "auto"  # bf16 where the hardware computes in it, else fp32
+
+    # model
+    patch: int = 2  # the U-Net sees patch x patch pixels as channels (pixel unshuffle), at 64 / patch
+    channels: tuple[int, ...] = (64, 96, 160)
+    layers_per_block: int = 1
+    attention: tuple[str, ...] = ("none", "cross", "cross")  # none, self or cross, by resolution
+    head_dim: int = 32
+    norm_groups: int = 16
+    scale_shift: bool = True  # adaptive group norm: the embedding scales and shifts, else it is added
+    conditioning: str = "tokens"  # tokens (cross-attention and pooled) or linear
+    token_dim: int = 128  # width of an object's token
+
+    # diffusion
+    num_train_timesteps: int = 1000  # T
+    schedule: str = "cosine"
+    schedule_reference: int = 32  # shifted-cosine only: the resolution at which the cosine would be right
+    zero_snr: bool = False  # rescale the schedule so that the last step is pure noise
+    prediction: str = "v_prediction"  # epsilon, v_prediction or sample (= x_0)
+
+    # training
+    batch_size: int = 64
+    epochs: int = 100
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 500
+    decay_fraction: float = 0.3  # the last part of training, in which the learning rate falls to zero
+    gradient_clip: float = 1.0
+    label_dropout: float = 0.1  # share of labels replaced by the null condition; 0: no guidance possible
+    ema_decay: float = 0.999
+    flip: bool = False  # mirror half of the images
+    max_images: int = 0  # train on the first so many images; 0: all
+
+    # sampling and evaluation
+    sampler: str = "ddim"
+    steps: int = 20
+    guidance_scale: float = 2.0
+    ddpm_images: int = 4  # how many images notebook 04 draws with all T ancestral steps
+    seeds: int = 16
+    evaluation_sets: int = 0  # evaluate on the first so many label sets; 0: all
+    evaluator_epochs: int = 12
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), _TYPES[field.name])
+        for name, allowed in _allowed().items():
+            values = getattr(self, name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if value not in allowed:
+                    raise ValueError(f"{name}={value!r}: choose from {', '.join(map(str, allowed))}")
+        for name in ("batch_size", "epochs", "num_train_timesteps", "steps", "seeds", "layers_per_block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if len(self.channels) != len(self.attention):
+            raise ValueError(
+                f"channels={self.channels} and attention={self.attention}: give both one entry a resolution"
+            )
+        if any(c % self.norm_groups for c in self.channels):
+            raise ValueError(f"channels={self.channels}: each must be divisible by norm_groups={self.norm_groups}")
+        if self.conditioning != "tokens" and "cross" in self.attention:
+            raise ValueError(f"attention={self.attention}: cross-attention needs conditioning='tokens'")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout={self.label_dropout}: must be in [0, 1)")
+        if self.steps > self.num_train_timesteps:
+            raise ValueError(f"steps={self.steps} exceeds num_train_timesteps={self.num_train_timesteps}")
+        if self.zero_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "zero_snr=True with prediction='epsilon': at the last step x_t holds no signal, so eps says "
+                "nothing about x_0; use prediction='v_prediction' or 'sample'"
+            )
+
+    @property
+    def runs(self) -> Path:
+        """Folder for what a run leaves behind (checkpoints, caches): data/runs, or $LAB6_RUNS."""
+        return _runs_folder()
+
+    @property
+    def figures(self) -> Path:
+        """Folder for figures and results.json: figures/ (or $LAB6_FIGURES) when the numbers are to be kept."""
+        if self.profile == "tiny":
+            return self.runs / "tiny" / "figures"
+        base = Path(os.environ.get("LAB6_FIGURES") or ROOT / "figures")
+        return base / "quick" if self.profile == "quick" else base
+
+
+def _allowed():
+    """Fields with a fixed choice of values; what the later sections define can be chosen here at once."""
+    return {
+        "profile": PROFILES, "preset": PRESETS, "device": ("cuda", "mps", "cpu"), "precision": ("bf16", "fp32"),
+        "patch": (1, 2, 4), "attention": ("none", "self", "cross"), "conditioning": CONDITIONINGS,
+        "prediction": ("epsilon", "v_prediction", "sample"), "schedule": SCHEDULES, "sampler": SAMPLERS,
+    }  # fmt: skip
+
+
+_TYPES = typing.get_type_hints(Settings)
+
+
+def _check_type(name, value, expected):
+    """Raise ValueError unless `value` has the annotated type (bool is not an int here)."""
+    if typing.get_origin(expected) is tuple:
+        item = typing.get_args(expected)[0]
+        fits = isinstance(value, tuple) and len(value) > 0 and all(type(v) is item for v in value)
+    else:
+        fits = type(value) is expected
+    if not fits:
+        wanted = str(expected) if typing.get_origin(expected) else expected.__name__
+        raise ValueError(f"{name}={value!r}: expected {wanted}, got {type(value).__name__}")
+
+
+def make_settings(profile: str = "auto", **overrides) -> Settings:
+    """Settings of a profile and a preset, with overrides.
+
+    What is given here wins over the profile, the profile over the preset, the preset over the defaults.
+    A profile's model size applies to the preset `tokens` only: the other presets are what their reports say.
+
+    Args:
+        profile: one of PROFILES, or "auto": full with a CUDA GPU, else quick.
+        overrides: fields of Settings, plain values; lists become tuples, whole numbers become floats.
+
+    Raises:
+        ValueError: an unknown name or a value that cannot be, in one line.
+    """
+    if profile == "auto":
+        profile = "full" if torch.cuda.is_available() else "quick"
+    if profile not in PROFILES:
+        raise ValueError(f"profile={profile!r}: choose from auto, {', '.join(PROFILES)}")
+    preset = overrides.get("preset", "tokens")
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: choose from {', '.join(PRESETS)}")
+    for name in overrides:
+        if name not in _TYPES:
+            close = difflib.get_close_matches(name, _TYPES, n=1)
+            raise ValueError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+    fills = dict(PROFILES[profile])
+    if preset != "tokens":
+        for name in ("channels", "token_dim", "norm_groups"):
+            fills.pop(name, None)
+    values = {"device": "auto", "precision": "auto"} | PRESETS[preset] | fills | overrides
+    values |= {"profile": profile, "preset": preset}
+    if values["device"] == "auto":
+        values["device"] = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    if values["precision"] == "auto":
+        values["precision"] = "bf16" if _computes_bf16(values["device"]) else "fp32"
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+        elif _TYPES[name] is float and type(value) is int:
+            values[name] = float(value)
+    return Settings(**values)
+
+
+def _runs_folder():
+    return Path(os.environ.get("LAB6_RUNS") or ROOT / "data" / "runs")
+
+
+def _computes_bf16(device):
+    """True where bf16 arithmetic is in hardware; emulated, it is slower than fp32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def autocast(settings: Settings):
+    """Context in which networks compute in `settings.precision`; weights and results stay float32."""
+    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.precision == "bf16")
+
+
+def make_generator(seed: int, *stream: int, device: str = "cpu") -> torch.Generator:
+    """A random generator for one purpose: the same (seed, *stream) always gives the same numbers.
+
+    The numbers are hashed together, so that neighbouring seeds and steps share nothing.
+    """
+    digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def headless() -> bool:
+    """True when run_notebooks.py runs the notebook: progress is then printed lines, not bars."""
+    return os.environ.get("LAB6_HEADLESS") == "1"
+
+
+def progress(iterable, description: str, total: int | None = None):
+    """A progress bar in JupyterLab and terminals; nothing headlessly, where callers print lines."""
+    return tqdm(iterable, description, total, leave=False, disable=headless())
+
+
+def _write_atomically(path: Path, write):
+    """Call `write(temporary path)`, then rename: `path` is either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+# 2  Labels and data
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+
+SHAPES = ("cube", "sphere", "cylinder")
+COLOURS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
+#: The 24 objects in the course's order: index = 8 * shape + colour.
+OBJECTS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
+#: The label set whose denoising the course asks to see.
+MANUAL_SET = ("red sphere", "cyan cylinder", "cyan cube")
+
+
+def encode_labels(label_sets) -> torch.Tensor:
+    """Multi-hot vectors of label sets.
+
+    Args:
+        label_sets: one label set (["red sphere", "cyan cube"]) or a list of them.
+
+    Returns:
+        (B, 24) float32 of zeros and ones; B = 1 for one set.
+
+    Raises:
+        ValueError: an unknown, repeated or missing label.
+    """
+    if isinstance(label_sets, str):
+        raise ValueError(f"{label_sets!r}: give a list of labels, such as [{label_sets!r}]")
+    label_sets = list(label_sets)
+    if label_sets and isinstance(label_sets[0], str):
+        label_sets = [label_sets]
+    labels = torch.zeros(len(label_sets), len(OBJECTS))
+    for row, names in enumerate(label_sets):
+        if len(names) == 0:
+            raise ValueError(f"label set {row} is empty: name at least one object")
+        for name in names:
+            if name not in OBJECTS:
+                close = difflib.get_close_matches(str(name), OBJECTS, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"an object is one of {', '.join(OBJECTS)}"
+                raise ValueError(f"unknown label {name!r} in label set {row}: {hint}")
+            if labels[row, OBJECTS.index(name)]:
+                raise ValueError(f"label {name!r} is twice in label set {row}")
+            labels[row, OBJECTS.index(name)] = 1
+    return labels
+
+
+def decode_labels(labels: torch.Tensor) -> list[list[str]]:
+    """Names of the objects in (B, 24) multi-hot vectors (or one (24,) vector), in the order of OBJECTS."""
+    return [[OBJECTS[i] for i in row.nonzero().flatten().tolist()] for row in torch.atleast_2d(labels) > 0.5]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFiles:
+    """Where the data is, and what its json files say. Made by `find_data`.
+
+    images: the folder iclevr/ or the file iclevr.zip.
+    train: {image file name: label set}; test, new_test: lists of label sets.
+    source: what to print beside every figure ("course files").
+    """
+
+    root: Path
+    images: Path
+    train: dict[str, list[str]]
+    test: list[list[str]]
+    new_test: list[list[str]]
+    source: str = "course files"
+
+
+def find_data() -> DataFiles:
+    """The course's files, from the folder that the environment variable LAB6_DATA names, else from data/.
+
+    A folder qualifies with iclevr/ or iclevr.zip, train.json, test.json, new_test.json, and objects.json or
+    object.json.
+
+    Raises:
+        FileNotFoundError: names every folder that was looked in and what is missing there.
+        ValueError: a json file that is not what the course ships, by name.
+    """
+    chosen = os.environ.get("LAB6_DATA")
+    root = Path(chosen).expanduser().resolve() if chosen else ROOT / "data"
+    images = root / "iclevr" if (root / "iclevr").is_dir() else root / "iclevr.zip"
+    objects = root / "objects.json" if (root / "objects.json").is_file() else root / "object.json"
+    missing = [] if images.exists() else ["iclevr/ or iclevr.zip"]
+    missing += [] if objects.is_file() else ["objects.json or object.json"]
+    missing += [f"{n}.json" for n in ("train", "test", "new_test") if not (root / f"{n}.json").is_file()]
+    if missing:
+        named = "the folder that LAB6_DATA names" if chosen else "data/ (LAB6_DATA is not set)"
+        raise FileNotFoundError(
+            f"No i-CLEVR data: {', '.join(missing)} not found in {named}, {root}. Put the course's files "
+            "iclevr/ (or iclevr.zip), train.json, test.json, new_test.json and objects.json (or object.json) "
+            "there, or set LAB6_DATA to the folder that has them."
+        )
+    if _read_json(objects) != {name: i for i, name in enumerate(OBJECTS)}:
+        raise ValueError(f"{objects}: not the 24 objects of i-CLEVR with the indices 0 to 23")
+    train = _read_json(root / "train.json")
+    if not isinstance(train, dict) or not train:
+        raise ValueError(f"{root / 'train.json'}: expected {{image name: [labels]}}")
+    for name in train:
+        if Path(name).name != name or "\\" in name:
+            raise ValueError(f"{root / 'train.json'}: {name!r} is not a plain file name")
+    sets = {"train": list(train.values())}
+    for split in ("test", "new_test"):
+        sets[split] = _read_json(root / f"{split}.json")
+    for split, label_sets in sets.items():
+        try:
+            encode_labels(label_sets)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{root / f'{split}.json'}: {error}") from None
+    return DataFiles(root, images, train, sets["test"], sets["new_test"])
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as json ({error})") from None
+
+
+def scene_of(name: str) -> str:
+    """Scene number of an image: CLEVR_train_005500_2.png is the third picture of scene "005500"."""
+    return name.removesuffix(".png").split("_")[-2]
+
+
+def held_out_scenes() -> frozenset[str]:
+    """The 503 scenes (005500 to 006002) on which nothing that ships is ever trained."""
+    return frozenset(json.loads((ROOT / "data" / "held_out_scenes.json").read_text())["scenes"])
+
+
+class ICLEVRDataset(torch.utils.data.Dataset):
+    """Images with their labels; item i is (image (3, 64, 64) float32 in [-1, 1], labels (24,) multi-hot).
+
+    All images of train.json are decoded and resized once (antialiased bilinear, 4:3 squeezed to a square)
+    into a uint8 file under data/runs/cache/, which is used again while the files' sizes and dates stay.
+
+    Args:
+        files: from `find_data`.
+        split: "train", "held-out" (data/held_out_scenes.json) or "all". By scene, never by image, since the
+            pictures of a scene share most of their pixels.
+        limit: keep the first so many images; 0 keeps all.
+        runs: where the cache goes; default data/runs or $LAB6_RUNS.
+
+    Attributes:
+        names: file names; pixels: (N, 3, 64, 64) uint8, memory-mapped; labels: (N, 24).
+    """
+
+    def __init__(self, files: DataFiles, split: str = "train", limit: int = 0, runs: Path | None = None):
+        if split not in ("train", "held-out", "all"):
+            raise ValueError(f"split={split!r}: choose from train, held-out, all")
+        names = sorted(files.train)
+        held_out = held_out_scenes()
+        keep = [i for i, n in enumerate(names) if split == "all" or (scene_of(n) in held_out) == (split == "held-out")]
+        keep = keep[: limit or None]
+        pixels = _load_cache(files, names, (runs or _runs_folder()) / "cache")
+        self.split, self.source = split, files.source
+        self.names = [names[i] for i in keep]
+        # One contiguous run of scenes stays a view of the file; anything else is gathered once.
+        contiguous = bool(keep) and keep == list(range(keep[0], keep[-1] + 1))
+        self.pixels = pixels[keep[0] : keep[-1] + 1] if contiguous else pixels[keep]
+        self.labels = encode_labels([files.train[n] for n in self.names])
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return to_float(self.pixels[index]), self.labels[index]
+
+
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 0 to 255 -> float32 in [-1, 1], as ToTensor and Normalize(0.5, 0.5) do."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> uint8 0 to 255, rounded; values outside are clipped."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def _load_cache(files, names, folder):
+    """(N, 3, 64, 64) uint8 tensor on a memory-mapped file, made when it is missing or out of date."""
+    sources, stamp = _image_sources(files, names)
+    root = hashlib.sha256(str(files.images).encode()).hexdigest()[:8]
+    path = Path(folder) / f"iclevr64-{root}-{stamp}.npy"
+    if not path.exists():
+        _write_atomically(path, lambda temporary: _decode_all(files, names, sources, temporary))
+        for old in path.parent.glob(f"iclevr64-{root}-*.npy"):
+            if old != path:
+                old.unlink()
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def _image_sources(files, names):
+    """Where each image's bytes are, and a hash of all sizes and dates. Errors name what is missing."""
+    if files.images.is_dir():
+        entries = {e.name: e for e in os.scandir(files.images)}
+        stats = {n: entries[n].stat() for n in names if n in entries}
+        sources, facts = entries, [(n, s.st_size, s.st_mtime_ns) for n, s in stats.items()]
+    else:
+        try:
+            members = zipfile.ZipFile(files.images).infolist()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{files.images}: not a readable zip file ({error}); download it again") from None
+        for member in members:
+            parts = member.filename.replace("\\", "/").split("/")
+            if ".." in parts or parts[0] == "" or ":" in parts[0]:
+                raise ValueError(f"{files.images}: {member.filename!r} points outside the zip; refused")
+        sources = {Path(m.filename).name: m for m in members if "__MACOSX" not in m.filename}
+        facts = [(n, sources[n].file_size, sources[n].CRC) for n in names if n in sources]
+    missing = [n for n in names if n not in sources]
+    if missing:
+        raise FileNotFoundError(
+            f"{files.images}: {len(missing)} of the {len(names)} images that train.json lists are missing, "
+            f"the first is {missing[0]}; unpack the course's iclevr.zip again"
+        )
+    return sources, hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _decode_all(files, names, sources, path):
+    """Decode, resize and write all images as one .npy; Pillow and zlib leave the GIL, so threads do."""
+    from torchvision.transforms.v2 import Resize
+
+    resize = Resize((64, 64))
+    with open(path, "wb") as out:  # not open_memmap: the file name must not gain a suffix
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(names), 3, 64, 64)}
+        np.lib.format.write_array_header_1_0(out, header)
+        archive = zipfile.ZipFile(files.images) if files.images.is_file() else None
+
+        def decode(name):
+            try:
+                data = archive.read(sources[name]) if archive else Path(sources[name].path).read_bytes()
+                image = Image.open(io.BytesIO(data)).convert("RGB")
+            except (OSError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{files.images}: {name} is not a readable image ({error})") from None
+            image = image if image.size == (64, 64) else resize(image)
+            return np.asarray(image).transpose(2, 0, 1).tobytes()
+
+        with ThreadPoolExecutor() as pool:
+            for data in progress(pool.map(decode, names), "decoding images", len(names)):
+                out.write(data)
+        if archive:
+            archive.close()
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+# 3  Forward process:  q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)     (Ho et al. 2020, eq. 4)
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def _linear(T, reference):
+    """beta from 1e-4 to 0.02 (Ho et al. 2020), whatever T: with few steps noise remains short."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)
+
+
+def _cosine(T, reference):
+    """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t / T + s) / (1 + s) * pi / 2), s = 0.008 (Nichol & Dhariwal 2021)."""
+    time = torch.arange(T + 1, dtype=torch.float64) / T
+    f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - beta, 0)
+
+
+def _sigmoid(T, reference):
+    """beta follows a sigmoid from 1e-4 to 0.02 (the "sigmoid" of diffusers, after GeoDiff)."""
+    beta = torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64)) * (0.02 - 1e-4) + 1e-4
+    return torch.cumprod(1 - beta, 0)
+
+
+def _shifted_cosine(T, reference):
+    """The cosine with log-SNR moved by 2 log(reference / 64) (Hoogeboom et al. 2023): below 64, noisier."""
+    alpha_bar = _cosine(T, reference)
+    return torch.sigmoid(torch.logit(alpha_bar) + 2 * math.log(reference / 64))
+
+
+#: Add a schedule here and every notebook knows it: name -> function of (T, reference) giving alpha_bar (T,).
+SCHEDULES = {"linear": _linear, "cosine": _cosine, "sigmoid": _sigmoid, "shifted-cosine": _shifted_cosine}
+
+
+def alphas_bar(schedule: str, T: int = 1000, reference: int = 32, zero_snr: bool = False) -> torch.Tensor:
+    """alpha_bar_t for t = 0 ... T-1: (T,) float64, falling from almost 1 towards 0.
+
+    Args:
+        schedule: a key of SCHEDULES.
+        reference: resolution, for "shifted-cosine".
+        zero_snr: shift and scale sqrt(alpha_bar) so that the last is exactly 0 (Lin et al. 2024, algorithm 1).
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r}: choose from {', '.join(SCHEDULES)}")
+    alpha_bar = SCHEDULES[schedule](T, reference)
+    if zero_snr:
+        root = alpha_bar.sqrt()
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alpha_bar
+
+
+def snr(alpha_bar: torch.Tensor) -> torch.Tensor:
+    """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) of x_t, of the same shape."""
+    return alpha_bar / (1 - alpha_bar)
+
+
+def q_sample(x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4).
+
+    Args:
+        x_0, eps: (B, 3, H, W); t: (B,) integers in 0 ... T-1; alpha_bar: (T,).
+    """
+    a = alpha_bar[t].to(x_0).view(-1, 1, 1, 1)
+    return a.sqrt() * x_0 + (1 - a).sqrt() * eps
+
+
+def make_scheduler(settings: Settings) -> DDPMScheduler:
+    """The diffusers scheduler that training and ancestral sampling use, for `settings`' schedule.
+
+    All schedules go in as trained_betas; x_0 is clipped to [-1, 1] on the way; sampling times are spaced
+    "trailing", so that few-step sampling starts at the noisiest step (Lin et al. 2024).
+    """
+    alpha_bar = alphas_bar(settings.schedule, settings.num_train_timesteps, settings.schedule_reference)
+    beta = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
+    return DDPMScheduler(
+        num_train_timesteps=settings.num_train_timesteps,
+        trained_betas=beta.clamp(max=0.999).tolist(),
+        prediction_type=settings.prediction,
+        rescale_betas_zero_snr=settings.zero_snr,
+        timestep_spacing="trailing",
+        clip_sample=True,
+    )
+
+
+#: Samplers by name: any other diffusers scheduler can be put into `pipe.scheduler` as well.
+SAMPLERS = {
+    "ddpm": (DDPMScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "dpm-solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+}
+
+
+def make_sampler(name: str, scheduler: DDPMScheduler):
+    """The sampler `name` of SAMPLERS for the noise schedule of `scheduler`."""
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler={name!r}: choose from {', '.join(SAMPLERS)}")
+    scheduler_class, options = SAMPLERS[name]
+    return scheduler_class.from_config(scheduler.config, **options)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+# 4  Denoisers
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+
+#: What each system fixes in Settings; a field it leaves out keeps its default.
+PRESETS = {
+    # Ours: one token per object into cross-attention, their pooled embedding into the time embedding.
+    "tokens": dict(channels=(48, 96, 192), attention=("none", "none", "cross")),
+    # Report D: a UNet2DModel that adds Linear(24, 512) of the labels to the time embedding.
+    "linear-512": dict(
+        patch=1, channels=(128, 128, 256, 256), layers_per_block=2, attention=("none", "none", "none", "self"),
+        head_dim=8, norm_groups=32, scale_shift=False, conditioning="linear", schedule="linear",
+        prediction="epsilon", batch_size=32, epochs=300, learning_rate=1e-4, weight_decay=0.0, warmup_steps=0,
+        decay_fraction=0.0, label_dropout=0.0, guidance_scale=1.0,
+    ),
+}  # fmt: skip
+
+
+class LinearCondition(nn.Module):
+    """Multi-hot labels through one linear layer, to be added to the time embedding.
+
+    forward(labels (B, 24), null (B,) bool) -> (pooled (B, width), None). Where null, a learned vector stands
+    in: the null condition is not a label vector, and all zeros ("no object") would be one.
+    """
+
+    def __init__(self, width: int, token_dim: int, null_condition: bool):
+        super().__init__()
+        self.linear = nn.Linear(len(OBJECTS), width)
+        self.null = nn.Parameter(torch.zeros(width)) if null_condition else None
+
+    def forward(self, labels, null):
+        pooled = self.linear(labels)
+        return (pooled if self.null is None else torch.where(null[:, None], self.null, pooled)), None
+
+
+class TokenCondition(nn.Module):
+    """One token per object for cross-attention, and a pooled vector to be added to the time embedding.
+
+    An object's token is made of its colour's and its shape's embedding, so what is learned of "red" in a red
+    cube serves for a red sphere. There are as many slots as the fullest set needs, at least three; empty ones
+    hold a learned token, and under the null condition all hold another (a row of masked tokens would leave
+    nothing to attend to).
+
+    forward(labels (B, 24), null (B,) bool) -> (pooled (B, width), tokens (B, slots, token_dim)).
+    """
+
+    def __init__(self, width: int, token_dim: int, null_condition: bool):
+        super().__init__()
+        self.colour = nn.Parameter(torch.randn(1, len(COLOURS), token_dim))
+        self.shape = nn.Parameter(torch.randn(len(SHAPES), 1, token_dim))
+        self.mix = nn.Sequential(nn.Linear(token_dim, token_dim), nn.SiLU(), nn.Linear(token_dim, token_dim))
+        self.empty = nn.Parameter(torch.randn(token_dim))
+        self.pool = nn.Sequential(nn.Linear(len(OBJECTS), width), nn.SiLU(), nn.Linear(width, width))
+        self.null = nn.Parameter(torch.randn(token_dim)) if null_condition else None
+        self.null_pooled = nn.Parameter(torch.zeros(width)) if null_condition else None
+
+    def forward(self, labels, null):
+        table = self.mix((self.shape + self.colour).flatten(0, 1))  # (24, token_dim), in the order of OBJECTS
+        slots = max(3, int(labels.sum(1).max()))
+        present, index = labels.sort(dim=1, descending=True, stable=True)
+        tokens = torch.where(present[:, :slots, None] > 0, table[index[:, :slots]], self.empty.to(table))
+        pooled = self.pool(labels)
+        if self.null is not None:
+            tokens = torch.where(null[:, None, None], self.null.to(table), tokens)
+            pooled = torch.where(null[:, None], self.null_pooled.to(pooled), pooled)
+        return pooled, tokens
+
+
+#: Ways of telling the network the labels: name -> module (width of the time embedding, token_dim, null_condition).
+CONDITIONINGS = {"tokens": TokenCondition, "linear": LinearCondition}
+
+
+class Denoiser(ModelMixin, ConfigMixin):
+    """A U-Net of diffusers and its label conditioning: (x_t, t, labels) -> eps, v or x_0.
+
+    The arguments are the fields of Settings with the same names; `null_condition` gives it a learned "no
+    labels" input, which classifier-free guidance needs. Save and load it through `ICLEVRPipeline`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        patch: int = 2,
+        channels: tuple[int, ...] = (48, 96, 192),
+        layers_per_block: int = 1,
+        attention: tuple[str, ...] = ("none", "none", "cross"),
+        head_dim: int = 32,
+        norm_groups: int = 16,
+        scale_shift: bool = True,
+        conditioning: str = "tokens",
+        token_dim: int = 128,
+        null_condition: bool = True,
+    ):
+        super().__init__()
+        self.condition = CONDITIONINGS[conditioning](4 * channels[0], token_dim, null_condition)
+        prefix = {"none": "", "self": "Attn", "cross": "CrossAttn"}
+        shared = dict(
+            sample_size=64 // patch,
+            in_channels=3 * patch**2,
+            out_channels=3 * patch**2,
+            block_out_channels=tuple(channels),
+            layers_per_block=layers_per_block,
+            down_block_types=tuple(f"{prefix[a]}DownBlock2D" for a in attention),
+            up_block_types=tuple(f"{prefix[a]}UpBlock2D" for a in reversed(attention)),
+            norm_num_groups=norm_groups,
+            resnet_time_scale_shift="scale_shift" if scale_shift else "default",
+            class_embed_type="identity",
+        )
+        if conditioning == "tokens":
+            # In UNet2DConditionModel this argument is the number of heads, despite its name.
+            heads = tuple(max(1, c // head_dim) for c in channels)
+            self.unet = UNet2DConditionModel(cross_attention_dim=token_dim, attention_head_dim=heads, **shared)
+        else:
+            self.unet = UNet2DModel(attention_head_dim=head_dim, **shared)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, null: torch.Tensor | None = None):
+        """Predict what `prediction` names.
+
+        Args:
+            x_t: (B, 3, 64, 64); t: (B,) or () integers; labels: (B, 24) multi-hot.
+            null: (B,) bool, True where the labels are to be ignored; default nowhere.
+
+        Returns:
+            (B, 3, 64, 64)
+        """
+        if null is None:
+            null = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+        if self.condition.null is None and null.any():
+            raise ValueError(
+                "this model has no null condition (it was trained with label_dropout=0), so it has no "
+                "classifier-free guidance: use guidance_scale=1, or train with label_dropout=0.1"
+            )
+        pooled, tokens = self.condition(labels.to(self.dtype), null)
+        x = F.pixel_unshuffle(x_t.to(self.dtype), self.config.patch).contiguous(memory_format=torch.channels_last)
+        extra = {} if tokens is None else {"encoder_hidden_states": tokens}
+        return F.pixel_shuffle(self.unet(x, t, class_labels=pooled, **extra).sample, self.config.patch)
+
+
+def make_denoiser(settings: Settings) -> Denoiser:
+    """The network of `settings`, initialised from its seed."""
+    names = ("patch", "channels", "layers_per_block", "attention", "head_dim", "norm_groups", "scale_shift",
+             "conditioning", "token_dim")  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        denoiser = Denoiser(**{n: getattr(settings, n) for n in names}, null_condition=settings.label_dropout > 0)
+    return denoiser.to(settings.device, memory_format=torch.channels_last)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+# 5  Training
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """What `train` yields after each epoch; printed, it is one line."""
+
+    epoch: int
+    epochs: int
+    step: int
+    images_seen: int
+    loss: float  # mean squared error of the prediction, over the epoch
+    learning_rate: float
+    images_per_s: float
+    seconds_left: float
+    pipeline: ICLEVRPipeline | None = dataclasses.field(default=None, repr=False, compare=False)  # EMA weights
+
+    def __str__(self):
+        return (
+            f"epoch {self.epoch}/{self.epochs}  loss {self.loss:.4f}  {self.images_per_s:.0f} images/s  "
+            f"{format_seconds(self.seconds_left)} left"
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """75 -> "1 min 15 s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def learning_rate(settings: Settings, step: int, total_steps: int) -> float:
+    """Linear warm-up, then constant, then linear to zero over the last `decay_fraction` of training.
+
+    While it is constant it does not depend on how long training will be, so a run can be prolonged.
+    """
+    up = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+    down = min(1.0, (total_steps - step) / max(1.0, settings.decay_fraction * total_steps))
+    return settings.learning_rate * up * (down if settings.decay_fraction else 1.0)
+
+
+def training_batch(settings: Settings, dataset: ICLEVRDataset, scheduler, step: int, part=(0, 1)):
+    """Everything random of training step `step`, from (seed, step) alone, so that resuming changes nothing.
+
+    Args:
+        part: (rank, number of processes): which slice of the global batch to return.
+
+    Returns:
+        dict: x_0, eps, x_t, target (B, 3, 64, 64); t (B,); labels (B, 24); null (B,) bool.
+    """
+    size, device = min(settings.batch_size, len(dataset)), settings.device
+    epoch, position = divmod(step, len(dataset) // size)
+    order = torch.randperm(len(dataset), generator=make_generator(settings.seed, 0, epoch))
+    rows = order[position * size : (position + 1) * size]
+    g = make_generator(settings.seed, 1, step, device=device)
+    x_0 = to_float(dataset.pixels[rows].to(device))
+    t = torch.randint(settings.num_train_timesteps, (size,), generator=g, device=device)
+    eps = torch.randn(x_0.shape, generator=g, device=device)
+    null = torch.rand(size, generator=g, device=device) < settings.label_dropout
+    mirrored = torch.rand(size, generator=g, device=device) < 0.5 * settings.flip
+    x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
+    target = {
+        "epsilon": lambda: eps,
+        "v_prediction": lambda: scheduler.get_velocity(x_0, eps, t),
+        "sample": lambda: x_0,
+    }[settings.prediction]()
+    batch = dict(x_0=x_0, eps=eps, x_t=scheduler.add_noise(x_0, eps, t), target=target, t=t,
+                 labels=dataset.labels[rows].to(device), null=null)  # fmt: skip
+    rank, count = part
+    return {k: v.chunk(count)[rank] for k, v in batch.items()}
+
+
+def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool = True):
+    """Train `settings`' denoiser on `dataset`; a generator that yields an `Epoch` after each epoch.
+
+    Each epoch is checkpointed in `folder` (checkpoint.pt, history.json, TensorBoard's events), and a later call
+    with the same folder goes on where it stopped, bit for bit on one CPU. `epochs` may be changed in between.
+    At the end `folder`/pipeline holds the pipeline with the EMA weights.
+
+    Raises:
+        ValueError: `folder` holds a run of other settings, or the dataset is empty.
+    """
+    from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+    from torch.utils.tensorboard import SummaryWriter
+
+    if len(dataset) == 0:
+        raise ValueError(f"no images to train on: the split {dataset.split!r} of this data is empty")
+    folder = Path(folder)
+    accelerator = Accelerator(cpu=settings.device == "cpu")
+    part = (accelerator.process_index, accelerator.num_processes)
+    scheduler, denoiser = make_scheduler(settings), make_denoiser(settings)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    ema = EMAModel(denoiser.parameters(), settings.ema_decay, use_ema_warmup=True, power=0.75)
+    state = _read_checkpoint(settings, folder) if resume else None
+    history = []
+    if state:
+        denoiser.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        history = state["history"]
+    ema.to(settings.device)
+    network, optimizer = accelerator.prepare(denoiser, optimizer)
+    network.train()
+
+    steps = len(dataset) // min(settings.batch_size, len(dataset))
+    done, total = len(history), steps * settings.epochs
+    writer = SummaryWriter(folder / "tensorboard", purge_step=done * steps) if accelerator.is_main_process else None
+    start = time.perf_counter()
+    for epoch in range(done, settings.epochs):
+        losses = torch.zeros((), device=settings.device)
+        epoch_start = time.perf_counter()
+        for step in progress(range(epoch * steps, (epoch + 1) * steps), f"epoch {epoch + 1}/{settings.epochs}"):
+            torch.manual_seed(int(make_generator(settings.seed, 2, step).initial_seed()) + part[0])  # dropout layers
+            batch = training_batch(settings, dataset, scheduler, step, part)
+            with autocast(settings):
+                prediction = network(batch["x_t"], batch["t"], batch["labels"], batch["null"])
+            loss = F.mse_loss(prediction.float(), batch["target"])
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(network.parameters(), settings.gradient_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step, total)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(denoiser.parameters())
+            losses += loss.detach()  # no .item(): it would wait for the device at every step
+        now = time.perf_counter()
+        record = dict(
+            epoch=epoch + 1, epochs=settings.epochs, step=(epoch + 1) * steps,
+            images_seen=(epoch + 1) * steps * min(settings.batch_size, len(dataset)),
+            loss=accelerator.reduce(losses, "mean").item() / steps,
+            learning_rate=learning_rate(settings, step, total),
+            images_per_s=steps * min(settings.batch_size, len(dataset)) / (now - epoch_start),
+            seconds_left=(now - start) / (epoch + 1 - done) * (settings.epochs - epoch - 1),
+        )  # fmt: skip
+        history = [*history, record]
+        pipeline = ICLEVRPipeline(_ema_copy(denoiser, ema), make_scheduler(settings))
+        if accelerator.is_main_process:
+            for name in ("loss", "learning_rate", "images_per_s"):
+                writer.add_scalar(name, record[name], record["step"])
+            writer.flush()
+            state = dict(settings=dataclasses.asdict(settings), model=denoiser.state_dict(), ema=ema.state_dict(),
+                         optimizer=optimizer.state_dict(), history=history)  # fmt: skip
+            _write_atomically(folder / "checkpoint.pt", lambda p, s=state: torch.save(s, p))
+            write_json(folder / "history.json", history)
+            if epoch + 1 == settings.epochs:
+                pipeline.save_pretrained(folder / "pipeline")
+        yield Epoch(**record, pipeline=pipeline)
+
+
+#: Settings that may change when a run is resumed: they do not change what a training step computes.
+_RESUMABLE = {"profile", "device", "precision", "epochs", "max_images", "sampler", "steps", "guidance_scale",
+              "ddpm_images", "seeds", "evaluation_sets", "evaluator_epochs"}  # fmt: skip
+
+
+def _read_checkpoint(settings, folder):
+    """The state in `folder`, or None where there is none; ValueError for a run of other settings."""
+    file = folder / "checkpoint.pt"
+    if not file.exists():
+        return None
+    try:
+        state = torch.load(file, map_location=settings.device, weights_only=True)
+        saved = state["settings"]
+    except Exception as error:
+        raise ValueError(
+            f"{file}: not a checkpoint of this workbook ({str(error).splitlines()[0]}); delete it to start afresh"
+        ) from None
+    now = dataclasses.asdict(settings)
+    differ = [
+        f"{n} ({saved.get(n)!r} there, {now[n]!r} now)" for n in now if n not in _RESUMABLE and saved.get(n) != now[n]
+    ]
+    if differ:
+        raise ValueError(
+            f"{file} belongs to other settings: {', '.join(differ)}. Use another run name, or delete {folder} to "
+            "start afresh."
+        )
+    return state
+
+
+def _ema_copy(denoiser, ema):
+    """A frozen copy of `denoiser` with the averaged weights (its buffers are copied as they are)."""
+    averaged = Denoiser.from_config(denoiser.config).to(denoiser.device, memory_format=torch.channels_last)
+    averaged.load_state_dict(denoiser.state_dict())
+    ema.copy_to(averaged.parameters())
+    return averaged.eval().requires_grad_(False)
+
+
+def load_history(folder: Path) -> list[dict]:
+    """The per-epoch records of a run, oldest first; empty where none was trained."""
+    file = Path(folder) / "history.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+# 6  Sampling
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@dataclasses.dataclass
+class ICLEVROutput(BaseOutput):
+    """images: list of PIL images, or (B, 3, 64, 64) in [-1, 1]; process: (steps + 1, B, 3, 64, 64) or None."""
+
+    images: list | torch.Tensor
+    process: torch.Tensor | None = None
+
+
+class ICLEVRPipeline(DiffusionPipeline):
+    """Labels in, pictures out: `pipe(["red sphere", "cyan cube"], guidance_scale=2.0).images[0]`.
+
+    Components: denoiser (`Denoiser`) and scheduler (any of diffusers' that fits; see `make_sampler`). Saved
+    and loaded in diffusers' manner, by save_pretrained and from_pretrained.
+    """
+
+    def __init__(self, denoiser: Denoiser, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(denoiser=denoiser, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        return_process: bool = False,
+        callback_on_step_end=None,
+    ):
+        """Draw one picture for each label set.
+
+        Args:
+            labels: a label set, a list of them, or (B, 24) multi-hot.
+            num_inference_steps: steps of the scheduler. A step is one pass of the network over the batch, or over
+                the batch twice (with and without labels, in one pass) when guidance is on.
+            guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond) (Ho & Salimans 2022); 1 is off and costs no
+                second half, 0 ignores the labels. The same formula serves for v and x_0, which are affine in eps.
+            generator: one, or one for each picture, which makes a picture independent of its batch.
+            output_type: "pil" or "pt" ((B, 3, 64, 64) float32 in [-1, 1], on the CPU).
+            return_process: also return x_t before each step and at the end.
+            callback_on_step_end: called as f(pipe, step, t, {"x_t": x_t}).
+        """
+        if output_type not in ("pil", "pt"):
+            raise ValueError(f"output_type={output_type!r}: choose pil or pt")
+        labels = labels if isinstance(labels, torch.Tensor) else encode_labels(labels)
+        labels = labels.to(self.device)
+        if isinstance(generator, list) and len(generator) != len(labels):
+            raise ValueError(f"{len(generator)} generators for {len(labels)} label sets: give one for each")
+        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        x_t = randn_tensor((len(labels), 3, 64, 64), generator=generator, device=self.device)
+        x_t = x_t * self.scheduler.init_noise_sigma
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+        process = [x_t.cpu()]
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            prediction = self._guided(self.scheduler.scale_model_input(x_t, t), t, labels, guidance_scale)
+            x_t = self.scheduler.step(prediction.float(), t, x_t, **extra).prev_sample
+            if return_process:
+                process.append(x_t.cpu())
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, i, t, {"x_t": x_t})
+        images = x_t.clamp(-1, 1).float().cpu()
+        images = to_pil(images) if output_type == "pil" else images
+        output = ICLEVROutput(images, torch.stack(process) if return_process else None)
+        return output if return_dict else output.to_tuple()
+
+    def _guided(self, x_t, t, labels, scale):
+        null = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+        if scale == 1:
+            return self.denoiser(x_t, t, labels, null)
+        if scale == 0:
+            return self.denoiser(x_t, t, labels, ~null)
+        both = self.denoiser(x_t.repeat(2, 1, 1, 1), t, labels.repeat(2, 1), torch.cat([~null, null]))
+        uncond, cond = both.float().chunk(2)
+        return uncond + scale * (cond - uncond)
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> list of PIL images."""
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_uint8(images)]
+
+
+def load_pipeline(settings: Settings, weights: str = "auto") -> ICLEVRPipeline:
+    """A trained pipeline with `settings`' sampler, on its device.
+
+    Args:
+        weights: "shipped" (data/weights/), "trained" (what notebook 03 trained in this profile), a folder, or
+            "auto": trained in the profiles full and tiny, else shipped.
+
+    Raises:
+        FileNotFoundError: there is none, and which notebook makes it.
+    """
+    if weights == "auto":
+        weights = "trained" if settings.profile in ("full", "tiny") else "shipped"
+    folder = {"shipped": WEIGHTS / settings.preset, "trained": run_folder(settings) / "pipeline"}.get(
+        weights, Path(weights)
+    )
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"No trained pipeline in {folder}: run notebook 03_model_and_training with profile="
+            f"{settings.profile!r} and preset={settings.preset!r} first, or choose weights='shipped'"
+        )
+    pipe = ICLEVRPipeline.from_pretrained(folder, local_files_only=True).to(settings.device)
+    pipe.denoiser.to(memory_format=torch.channels_last)
+    pipe.scheduler = make_sampler(settings.sampler, pipe.scheduler)
+    pipe.weights_sha256 = sha256_of(folder / "denoiser" / "diffusion_pytorch_model.safetensors")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_folder(settings: Settings) -> Path:
+    """Where notebook 03 keeps the run of a profile and preset."""
+    return settings.runs / settings.profile / settings.preset
+
+
+def sample(pipe: ICLEVRPipeline, label_sets, settings: Settings, seed: int = 0, **overrides) -> torch.Tensor:
+    """Pictures of `label_sets`: (B, 3, 64, 64) in [-1, 1]; the same seed gives picture i the same noise.
+
+    Args:
+        overrides: arguments of the pipeline, in place of `settings`' steps and guidance_scale.
+    """
+    labels = label_sets if isinstance(label_sets, torch.Tensor) else encode_labels(label_sets)
+    generators = [make_generator(seed, i) for i in range(len(labels))]
+    options = dict(num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale) | overrides
+    images = []
+    for i in range(0, len(labels), 64):
+        with autocast(settings):
+            images.append(
+                pipe(labels[i : i + 64], generator=generators[i : i + 64], output_type="pt", **options).images
+            )
+    return torch.cat(images)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+# 7  Evaluation
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def _resnet18():
+    """The course's evaluator network: ResNet-18 with 24 sigmoid outputs."""
+    from torchvision.models import resnet18
+
+    network = resnet18(weights=None)
+    network.fc = nn.Sequential(nn.Linear(512, len(OBJECTS)), nn.Sigmoid())
+    return network
+
+
+class Evaluator:
+    """Reads which objects are in a picture, and scores pictures by the course's protocol.
+
+    Attributes:
+        name: "course" (its checkpoint.pth) or "resnet18" (ours, the same network and protocol).
+        sha256: hash of the weights file, first 16 digits.
+    """
+
+    def __init__(self, network: nn.Module, name: str, sha256: str = "", device: str = "cpu"):
+        self.network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.name, self.sha256, self.device = name, sha256, device
+
+    @classmethod
+    def load(cls, path: Path | str, device: str = "cpu") -> Evaluator:
+        """Read the course's checkpoint.pth, or a folder that `train_evaluator` wrote.
+
+        The course's file is a pickle: it is read with weights_only=True, which runs no code from it.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file and what is wrong with it.
+        """
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        file = path / "model.safetensors" if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(f"No evaluator at {file}: train one in 05_evaluation with train_evaluator")
+        network = _resnet18()
+        try:
+            if file.suffix == ".safetensors":
+                state = load_file(file)
+            else:
+                state = torch.load(file, map_location="cpu", weights_only=True)["model"]
+            network.load_state_dict(state)
+        except Exception as error:
+            raise ValueError(
+                f"{file}: not an evaluator (a ResNet-18 with Sequential(Linear(512, 24), Sigmoid()), its state "
+                f"dict under 'model'): {str(error).splitlines()[0]}"
+            ) from None
+        return cls(network, "resnet18" if path.is_dir() else "course", sha256_of(file), device)
+
+    @classmethod
+    def find(cls, files: DataFiles | None = None, device: str = "cpu") -> Evaluator:
+        """The course's checkpoint.pth where it lies beside the data, else the evaluator that ships."""
+        if files is not None and (files.root / "checkpoint.pth").is_file():
+            return cls.load(files.root / "checkpoint.pth", device)
+        return cls.load(WEIGHTS / "evaluator", device)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, 64, 64) in [-1, 1] -> (B, 24) probabilities on the CPU, in batches of 256."""
+        with torch.no_grad():
+            return torch.cat([self.network(x.to(self.device)).float().cpu() for x in images.split(256)])
+
+    def eval(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        """The course's accuracy: of all labels of the batch, the share found (see `count_hits`)."""
+        return float(count_hits(self(images), labels).sum() / labels.sum())
+
+
+def count_hits(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The course's protocol: an image with k labels scores its k highest outputs against them.
+
+    Args:
+        probabilities: (B, 24); labels: (B, 24) multi-hot.
+
+    Returns:
+        (B,) number of labels found, 0 to k. The course's accuracy is their sum over the sum of k.
+    """
+    rank = probabilities.argsort(dim=1, descending=True).argsort(dim=1)
+    return (labels.cpu().bool() & (rank < labels.cpu().sum(1, keepdim=True))).sum(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluator read in pictures of the same label sets, drawn with several seeds.
+
+    Attributes:
+        probabilities: (S, N, 24), seed by label set; labels: (N, 24) multi-hot.
+        evaluator: its name.
+    """
+
+    probabilities: torch.Tensor
+    labels: torch.Tensor
+    evaluator: str
+
+    @property
+    def hits(self) -> torch.Tensor:
+        """(S, N) labels found by the course's protocol."""
+        return torch.stack([count_hits(p, self.labels) for p in self.probabilities])
+
+    @property
+    def accuracy_by_seed(self) -> torch.Tensor:
+        """(S,) the course's accuracy of each seed."""
+        return self.hits.sum(1) / self.labels.sum()
+
+    def found(self) -> torch.Tensor:
+        """(S, N, 24) True where an object asked for is among the image's k highest outputs."""
+        rank = self.probabilities.argsort(-1, descending=True).argsort(-1)
+        return (rank < self.labels.sum(1)[:, None]) & self.labels.bool()
+
+    def metrics(self) -> dict:
+        """All measures, with 95% bootstrap intervals of the accuracy; the keys are those of results.json.
+
+        accuracy: the course's, labels found over labels asked for. accuracy_per_image: the mean over images of
+        the share found. accuracy_24: share of the 24 classes on the right side of 0.5 (a picture of nothing has
+        `accuracy_24_of_nothing`). exact_match: share of images whose outputs above 0.5 are just the labels.
+        f1: micro-averaged at 0.5. ci95_seeds: seeds resampled, label sets fixed (None with one seed);
+        ci95_sets: seeds and label sets resampled.
+        """
+        wanted = self.labels.bool().expand_as(self.probabilities)
+        given = self.probabilities > 0.5
+        true_positives = (wanted & given).sum()
+        seeds, sets = bootstrap_intervals(self.hits.numpy(), self.labels.sum(1).numpy())
+        return {
+            "accuracy": round(self.accuracy_by_seed.mean().item(), 4),
+            "ci95_seeds": seeds,
+            "ci95_sets": sets,
+            "accuracy_per_image": round((self.hits / self.labels.sum(1)).mean().item(), 4),
+            "accuracy_24": round((wanted == given).float().mean().item(), 4),
+            "accuracy_24_of_nothing": round(1 - self.labels.mean().item(), 4),
+            "exact_match": round((wanted == given).all(-1).float().mean().item(), 4),
+            "f1": round((2 * true_positives / (wanted.sum() + given.sum())).item(), 4),
+        }
+
+
+def evaluate(evaluator: Evaluator, images: torch.Tensor, labels) -> Evaluation:
+    """Let `evaluator` read pictures.
+
+    Args:
+        images: (S, N, 3, 64, 64) in [-1, 1]: S seeds of N label sets ((N, 3, 64, 64) counts as one seed).
+        labels: N label sets, or (N, 24).
+    """
+    labels = labels if isinstance(labels, torch.Tensor) else encode_labels(labels)
+    images = images if images.ndim == 5 else images[None]
+    if images.shape[1] != len(labels):
+        raise ValueError(f"{images.shape[1]} images a seed for {len(labels)} label sets: these must agree")
+    probabilities = evaluator(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    return Evaluation(probabilities, labels, evaluator.name)
+
+
+def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 10_000):
+    """95% percentile intervals of sum(hits) / sum(totals) (Efron 1979).
+
+    Args:
+        hits: (S, N) labels found; totals: (N,) labels asked for.
+
+    Returns:
+        ([low, high] over seeds, or None with one seed; [low, high] over seeds and label sets).
+    """
+    rng = np.random.default_rng(0)
+    count, sets = hits.shape
+    seed_weights = rng.multinomial(count, np.full(count, 1 / count), resamples) / count
+    set_weights = rng.multinomial(sets, np.full(sets, 1 / sets), resamples)
+    means = seed_weights @ hits  # (resamples, N)
+    over_seeds = means.sum(1) / totals.sum()
+    over_sets = (means * set_weights).sum(1) / (set_weights @ totals)
+    interval = lambda values: [round(float(v), 4) for v in np.percentile(values, [2.5, 97.5])]
+    return (interval(over_seeds) if count > 1 else None), interval(over_sets)
+
+
+#: The course's grades: accuracy from which -> share of the points.
+GRADES = {0.8: "100%", 0.7: "90%", 0.6: "80%", 0.5: "70%", 0.4: "60%"}
+
+
+def grade(accuracy: float) -> str:
+    """What the course gives for an accuracy, as a share of the points ("0%" below 0.4)."""
+    return next((points for limit, points in GRADES.items() if accuracy >= limit), "0%")
+
+
+def print_course_result(evaluation: Evaluation, split: str, seed: int = 0):
+    """Print one seed's accuracy, as the course wants the evaluator's output shown."""
+    found, asked = int(evaluation.hits[seed].sum()), int(evaluation.labels.sum())
+    print(f"{split + '.json':14} accuracy {found / asked:.4f}   ({found} of {asked} labels, "
+          f"evaluator {evaluation.evaluator}, seed {seed})   grade {grade(found / asked)}")  # fmt: skip
+
+
+def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, held_out: ICLEVRDataset | None = None):
+    """Train our ResNet-18 evaluator and save it in `folder`; yields a record per epoch.
+
+    The course's evaluator was trained at 64x64 upsampled from 32x32, and generated pictures are a little soft:
+    half of each batch goes through 32x32. Flips, shifts, zoom, brightness and noise are varied too; hue is not,
+    since colour is what the labels say. AdamW, one cycle of the learning rate (Smith & Topin 2018).
+
+    Args:
+        settings: `evaluator_epochs`, `seed`, `device`, `precision` are used.
+        dataset: real images; held_out: scored after each epoch, for the eye only, never for selection.
+
+    Yields:
+        dict: epoch, epochs, loss, images_per_s, seconds_left, and accuracy (course's, held out) or None.
+    """
+    device, batch, epochs = settings.device, min(64, len(dataset)), settings.evaluator_epochs
+    steps = len(dataset) // batch
+    torch.manual_seed(settings.seed)
+    network = _resnet18().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps * epochs, pct_start=0.2)
+    start = time.perf_counter()
+    for epoch in range(epochs):
+        network.train()
+        network.fc[1] = nn.Identity()  # the loss is surer on logits
+        order = torch.randperm(len(dataset), generator=make_generator(settings.seed, epoch))
+        total = torch.zeros((), device=device)
+        for step in progress(range(steps), f"evaluator, epoch {epoch + 1}"):
+            index = order[step * batch : (step + 1) * batch]
+            images = to_float(dataset.pixels[index]).to(device)
+            images = _augment(images, make_generator(settings.seed, epoch, step))
+            with autocast(settings):
+                logits = network(images.contiguous(memory_format=torch.channels_last))
+            loss = F.binary_cross_entropy_with_logits(logits.float(), dataset.labels[index].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach()
+        network.fc[1] = nn.Sigmoid()
+        spent = time.perf_counter() - start
+        accuracy = None
+        if held_out is not None and len(held_out):
+            accuracy = Evaluator(network, "resnet18", device=device).eval(to_float(held_out.pixels), held_out.labels)
+            network.requires_grad_(True)
+        yield {
+            "epoch": epoch + 1, "epochs": epochs, "loss": total.item() / steps, "accuracy": accuracy,
+            "images_per_s": (epoch + 1) * steps * batch / spent,
+            "seconds_left": spent / (epoch + 1) * (epochs - epoch - 1),
+        }  # fmt: skip
+    _save_weights(network, Path(folder) / "model.safetensors")
+
+
+def _augment(images, generator):
+    """Vary position, size, sharpness, brightness and noise of (B, 3, 64, 64); each image its own way."""
+    device, count = images.device, len(images)
+    draw = lambda low, high: torch.empty(count, 1, 1, 1).uniform_(low, high, generator=generator).to(device)
+    grid = torch.zeros(count, 2, 3, device=device)
+    zoom = draw(0.93, 1.07).view(-1)
+    grid[:, 0, 0] = zoom * torch.where(draw(0, 1).view(-1) < 0.5, -1.0, 1.0)  # mirrored or not
+    grid[:, 1, 1] = zoom
+    grid[:, :, 2] = draw(-0.12, 0.12).view(-1, 1) * torch.tensor([1.0, 0.0], device=device)
+    grid[:, 1, 2] = draw(-0.12, 0.12).view(-1)
+    grid = F.affine_grid(grid, images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    soft = F.interpolate(F.interpolate(images, size=32, mode="bilinear", antialias=True), size=64, mode="bilinear")
+    images = torch.where(draw(0, 1) < 0.5, soft, images)
+    noise = torch.randn(images.shape, generator=generator).to(device)
+    return images * draw(0.85, 1.15) + draw(-0.1, 0.1) + noise * draw(0, 0.06)
+
+
+def _save_weights(network, file):
+    """Write a state dict as safetensors: matrices in bf16, vectors (biases, norms) in float32."""
+    from safetensors.torch import save_file
+
+    half = {k: v.to(torch.bfloat16) if v.ndim > 1 else v for k, v in network.state_dict().items()}
+    half = {k: v.detach().cpu().contiguous() for k, v in half.items()}
+    _write_atomically(file, lambda temporary: save_file(half, temporary))
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+# 8  Figures: each plot_ function returns a matplotlib Figure, to be shown and kept by `save_figure`
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def new_figure(width: float = 8, height: float = 4, rows: int = 1, columns: int = 1, **options):
+    """(Figure, axes) in the workbook's style; size in inches, 8 being the width of a page.
+
+    options: of `Figure.subplots`, such as sharey, squeeze, width_ratios.
+    """
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    axes = fig.subplots(rows, columns, **options)
+    for ax in np.ravel(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+    return fig, axes
+
+
+def draw_image(ax, image: torch.Tensor, title: str = "", size: float = 7):
+    """Put an image ((3, H, W) in [-1, 1] or uint8) on an axis, without ticks."""
+    pixels = image if image.dtype == torch.uint8 else to_uint8(image)
+    ax.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    ax.set_title(title, fontsize=size, pad=2, linespacing=1.05)
+
+
+def plot_images(images, titles=None, columns: int = 8, width: float = 8) -> Figure:
+    """Images in rows of `columns`, each under its title; images: (B, 3, H, W) in [-1, 1] or uint8.
+
+    Titles may be label sets: they are written one object a line.
+    """
+    rows = math.ceil(len(images) / columns)
+    texts = ["" if titles is None else t if isinstance(t, str) else "\n".join(t) for t in titles or [""] * len(images)]
+    lines = max(t.count("\n") + bool(t) for t in texts)
+    cell = width / columns
+    fig, axes = new_figure(width, rows * (cell + 0.115 * lines), rows, columns, squeeze=False)
+    for ax in axes.flat[len(images) :]:
+        ax.set_visible(False)
+    for ax, image, text in zip(axes.flat, images, texts, strict=False):
+        draw_image(ax, image, text, size=min(7, 6.2 * cell))
+    return fig
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+# 9  Widgets
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def guidance_explorer(pipe: ICLEVRPipeline, settings: Settings):
+    """Sliders and label pickers around one picture that is drawn anew at each change (JupyterLab only)."""
+    import ipywidgets as widgets
+
+    nothing = "–"
+    pickers = [
+        widgets.Dropdown(options=(nothing, *OBJECTS), value=value, layout=widgets.Layout(width="150px"))
+        for value in MANUAL_SET
+    ]
+    scale = widgets.FloatSlider(2.0, min=0.0, max=8.0, step=0.5, description="guidance s", continuous_update=False)
+    steps = widgets.IntSlider(settings.steps, min=2, max=50, description="steps", continuous_update=False)
+    seed = widgets.IntSlider(settings.seed, min=0, max=99, description="seed", continuous_update=False)
+    picture = widgets.Image(format="png", width=320, height=320)
+    message = widgets.HTML()
+
+    def draw(_=None):
+        try:
+            labels = encode_labels([picker.value for picker in pickers if picker.value != nothing])
+        except ValueError as error:
+            message.value = f"<b>{error}</b>"
+            return
+        start = time.perf_counter()
+        image = sample(pipe, labels, settings, seed.value, num_inference_steps=steps.value, guidance_scale=scale.value)
+        buffer = io.BytesIO()
+        to_pil(image)[0].resize((320, 320), Image.Resampling.BICUBIC).save(buffer, "png")
+        picture.value = buffer.getvalue()
+        message.value = f"{', '.join(decode_labels(labels)[0])} · {time.perf_counter() - start:.1f} s"
+
+    for control in (*pickers, scale, steps, seed):
+        control.observe(draw, "value")
+    draw()
+    return widgets.HBox([picture, widgets.VBox([*pickers, scale, steps, seed, message])])
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+# 10  Provenance
+# ════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def sha256_of(file: Path) -> str:
+    """First 16 hexadecimal digits of a file's SHA-256."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
+def write_json(path: Path, value):
+    """Write json, whole or not at all."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    _write_atomically(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of this checkout, with a + where files have changed since; "unknown" outside git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno", "--", "*.py", "*.ipynb", "data"],
+                                 capture_output=True, text=True, check=True)  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def device_name(settings: Settings) -> str:
+    """The device as results name it: the GPU's name, or the number of CPU threads."""
+    if settings.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{settings.device}, {torch.get_num_threads()} threads"
+
+
+def save_figure(fig: Figure, name: str, settings: Settings, caption: str, **provenance):
+    """Keep a figure as settings.figures/NAME.png, with NAME.json beside it, and show it in the notebook.
+
+    What made the figure stands in its footer, in the PNG's metadata and in the json: commit, profile, seed and
+    device, and whatever `provenance` adds (data, weights, sampler, ...; plain values).
+
+    Returns:
+        An object that JupyterLab shows as the picture with its caption.
+    """
+    from IPython.display import Image as Picture
+    from IPython.display import Markdown, display
+
+    facts = {"figure": name, "caption": caption, "commit": commit(), "profile": settings.profile,
+             "seed": settings.seed, "device": device_name(settings), **provenance}  # fmt: skip
+    footer = " · ".join(f"{k} {v}" for k, v in facts.items() if k not in ("figure", "caption"))
+    fig.text(
+        0,
+        0,
+        "\n".join(textwrap.wrap(footer, int(fig.get_figwidth() * 24))) + "\n",
+        fontsize=4.5,
+        color="0.55",
+        va="top",
+    )
+    path = settings.figures / f"{name}.png"
+    metadata = {"Title": name, "Description": json.dumps(facts, ensure_ascii=False), "Software": "lab6_utils"}
+    _write_atomically(
+        path, lambda temporary: fig.savefig(temporary, format="png", bbox_inches="tight", metadata=metadata)
+    )
+    write_json(path.with_suffix(".json"), facts)
+    display(Picture(path.read_bytes(), width=round(fig.get_figwidth() * 100)))
+    display(Markdown(f"**Figure** `{name}`. {caption}"))
+
+
+def save_result(settings: Settings, record: dict):
+    """Add a measurement to settings.figures/results.json; the same measurement made again takes its place."""
+    path = settings.figures / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    record = record | {"device": device_name(settings), "commit": commit()}
+    key = lambda r: [
+        r.get(k) for k in ("system", "data", "split", "evaluator", "sampler", "steps", "guidance", "seeds")
+    ]
+    results = [r for r in results if key(r) != key(record)]
+    write_json(path, {"schema": 1, "results": [*results, record]})
