@@ -30,6 +30,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import textwrap
 import time
@@ -53,6 +54,7 @@ from diffusers import (
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import BaseOutput
+from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import nn
@@ -70,36 +72,16 @@ WEIGHTS = ROOT / "data" / "weights"
 
 #: Each profile says how much is computed, never what: the same notebooks run in all of them.
 PROFILES = {
-    "tiny": dict(  # the tests: seconds a notebook, every line exercised
-        channels=(8, 16, 16),
-        token_dim=16,
-        norm_groups=8,
-        batch_size=8,
-        epochs=2,
-        warmup_steps=2,
-        max_images=48,
-        steps=4,
-        seeds=2,
-        ddpm_images=1,
-        evaluator_epochs=1,
-        evaluation_sets=4,
-    ),
-    "quick": dict(  # the default without a GPU: shipped weights, a short training shown, few seeds
-        channels=(32, 48, 64),
-        epochs=8,
-        max_images=1024,
-        warmup_steps=20,
-        seeds=2,
-    ),
-    "shipped": dict(  # shipped weights, 16 seeds, a short training shown; writes figures/
-        channels=(32, 48, 64),
-        epochs=8,
-        max_images=1024,
-        warmup_steps=20,
-        seeds=16,
-    ),
-    "full": dict(seeds=16, ddpm_images=32),  # trains everything; wants a GPU
-}
+    # the tests: seconds a notebook, every line exercised
+    "tiny": dict(channels=(8, 16, 16), token_dim=16, norm_groups=8, batch_size=8, epochs=2, warmup_steps=2,
+                 max_images=48, steps=4, seeds=2, ddpm_images=1, evaluator_epochs=1, evaluation_sets=4),
+    # the default without a GPU: shipped weights, a short training shown, few seeds
+    "quick": dict(channels=(32, 48, 64), epochs=8, max_images=1024, warmup_steps=20, seeds=2),
+    # shipped weights, all seeds, a short training shown; writes figures/
+    "shipped": dict(channels=(32, 48, 64), epochs=8, max_images=1024, warmup_steps=20, seeds=16),
+    # trains everything; wants a GPU
+    "full": dict(seeds=16, ddpm_images=32),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +95,7 @@ class Settings:
 
     profile: str = "quick"
     preset: str = "tokens"
+    run: str = ""  # name of the training run; "": the preset's name
     seed: int = 0
     device: str = "auto"  # cuda, mps or cpu, chosen in that order
     precision: str = "auto"  # bf16 where the hardware computes in it, else fp32
@@ -239,10 +222,10 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
     """
     if profile == "auto":
         profile = "full" if torch.cuda.is_available() else "quick"
-    if profile not in PROFILES:
+    if profile not in list(PROFILES):  # a list: what was given may not be hashable
         raise ValueError(f"profile={profile!r}: choose from auto, {', '.join(PROFILES)}")
     preset = overrides.get("preset", "tokens")
-    if preset not in PRESETS:
+    if preset not in list(PRESETS):
         raise ValueError(f"preset={preset!r}: choose from {', '.join(PRESETS)}")
     for name in overrides:
         if name not in _TYPES:
@@ -341,7 +324,9 @@ def encode_labels(label_sets) -> torch.Tensor:
     if isinstance(label_sets, str):
         raise ValueError(f"{label_sets!r}: give a list of labels, such as [{label_sets!r}]")
     label_sets = list(label_sets)
-    if label_sets and isinstance(label_sets[0], str):
+    if not label_sets:
+        raise ValueError("no labels: name at least one object")
+    if isinstance(label_sets[0], str):
         label_sets = [label_sets]
     labels = torch.zeros(len(label_sets), len(OBJECTS))
     for row, names in enumerate(label_sets):
@@ -410,13 +395,17 @@ def find_data() -> DataFiles:
     if not isinstance(train, dict) or not train:
         raise ValueError(f"{root / 'train.json'}: expected {{image name: [labels]}}")
     for name in train:
-        if Path(name).name != name or "\\" in name:
-            raise ValueError(f"{root / 'train.json'}: {name!r} is not a plain file name")
+        if Path(name).name != name or "\\" in name or name.count("_") < 2:
+            raise ValueError(
+                f"{root / 'train.json'}: {name!r} is not a plain file name such as CLEVR_train_001032_0.png"
+            )
     sets = {"train": list(train.values())}
     for split in ("test", "new_test"):
         sets[split] = _read_json(root / f"{split}.json")
     for split, label_sets in sets.items():
         try:
+            if any(isinstance(label_set, str) for label_set in label_sets):
+                raise ValueError("expected a list of labels for each picture")
             encode_labels(label_sets)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{root / f'{split}.json'}: {error}") from None
@@ -470,7 +459,7 @@ class ICLEVRDataset(torch.utils.data.Dataset):
         # One contiguous run of scenes stays a view of the file; anything else is gathered once.
         contiguous = bool(keep) and keep == list(range(keep[0], keep[-1] + 1))
         self.pixels = pixels[keep[0] : keep[-1] + 1] if contiguous else pixels[keep]
-        self.labels = encode_labels([files.train[n] for n in self.names])
+        self.labels = encode_labels([files.train[n] for n in self.names]) if keep else torch.zeros(0, len(OBJECTS))
 
     def __len__(self):
         return len(self.names)
@@ -542,7 +531,7 @@ def _decode_all(files, names, sources, path):
             try:
                 data = archive.read(sources[name]) if archive else Path(sources[name].path).read_bytes()
                 image = Image.open(io.BytesIO(data)).convert("RGB")
-            except (OSError, zipfile.BadZipFile) as error:
+            except Exception as error:  # Pillow and zlib have many; all of them mean a damaged file
                 raise ValueError(f"{files.images}: {name} is not a readable image ({error})") from None
             image = image if image.size == (64, 64) else resize(image)
             return np.asarray(image).transpose(2, 0, 1).tobytes()
@@ -618,6 +607,14 @@ def q_sample(x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, alpha_bar: t
     """
     a = alpha_bar[t].to(x_0).view(-1, 1, 1, 1)
     return a.sqrt() * x_0 + (1 - a).sqrt() * eps
+
+
+def to_x_0(output: torch.Tensor, x_t: torch.Tensor, alpha_bar_t: torch.Tensor, prediction: str) -> torch.Tensor:
+    """The picture that a prediction (epsilon, v_prediction or sample) implies at x_t; alpha_bar_t broadcasts."""
+    a, b = alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt()
+    if prediction == "epsilon":
+        return (x_t - b * output) / a
+    return a * x_t - b * output if prediction == "v_prediction" else output
 
 
 def make_scheduler(settings: Settings) -> DDPMScheduler:
@@ -789,6 +786,9 @@ class Denoiser(ModelMixin, ConfigMixin):
         pooled, tokens = self.condition(labels.to(self.dtype), null)
         x = F.pixel_unshuffle(x_t.to(self.dtype), self.config.patch).contiguous(memory_format=torch.channels_last)
         extra = {} if tokens is None else {"encoder_hidden_states": tokens}
+        if tokens is not None and tokens.shape[1] > 3:  # slots for a fuller set of the batch: hidden from the others
+            slots = torch.arange(tokens.shape[1], device=labels.device)
+            extra["encoder_attention_mask"] = slots < labels.sum(1, keepdim=True).clamp(min=3)
         return F.pixel_shuffle(self.unet(x, t, class_labels=pooled, **extra).sample, self.config.patch)
 
 
@@ -800,6 +800,64 @@ def make_denoiser(settings: Settings) -> Denoiser:
         torch.manual_seed(settings.seed)
         denoiser = Denoiser(**{n: getattr(settings, n) for n in names}, null_condition=settings.label_dropout > 0)
     return denoiser.to(settings.device, memory_format=torch.channels_last)
+
+
+def describe_denoiser(denoiser: Denoiser) -> list[dict]:
+    """What a denoiser is made of, in the order of computation, measured by passing one image through it.
+
+    Returns:
+        One dict a part: part, kind, output (channels, height, width), attention (none, self, cross), parameters.
+    """
+    unet, rows, hooks = denoiser.unet, [], []
+    downs = [(f"down {i}", block) for i, block in enumerate(unet.down_blocks)]
+    ups = [(f"up {i}", block) for i, block in enumerate(unet.up_blocks)]
+    parts = [("input", unet.conv_in), *downs, ("middle", unet.mid_block), *ups, ("output", unet.conv_out)]
+
+    def record(name, module, output):
+        tensor = output[0] if isinstance(output, tuple) else output
+        attentions = [type(a).__name__ for a in getattr(module, "attentions", None) or [] if a is not None]
+        kind = "none" if not attentions else "self + cross" if "Transformer" in attentions[0] else "self"
+        rows.append(dict(part=name, kind=type(module).__name__, output=tuple(tensor.shape[1:]), attention=kind,
+                         parameters=count_parameters(module)))  # fmt: skip
+
+    for name, module in parts:
+        hooks.append(module.register_forward_hook(lambda m, _, out, name=name: record(name, m, out)))
+    with torch.no_grad():
+        x = torch.zeros(1, 3, 64, 64, device=denoiser.device)
+        denoiser(x, torch.tensor(0, device=denoiser.device), encode_labels(MANUAL_SET).to(denoiser.device))
+    for hook in hooks:
+        hook.remove()
+    pooled = (4 * denoiser.config.channels[0],)
+    time = unet.time_embedding
+    return [
+        dict(part="labels", kind=type(denoiser.condition).__name__, output=pooled, attention="none",
+             parameters=count_parameters(denoiser.condition)),
+        dict(part="time", kind=type(time).__name__, output=pooled, attention="none", parameters=count_parameters(time)),
+        *rows,
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def label_effect(denoiser: Denoiser, x_0, labels, t: int, alpha_bar, settings: Settings) -> float:
+    """How much the prediction at time t changes when each picture gets the labels of the next one.
+
+    Args:
+        x_0: (B, 3, 64, 64) real pictures; labels: (B, 24); alpha_bar: (T,).
+
+    Returns:
+        Root mean squared change over the root mean square of the prediction.
+    """
+    times = torch.full((len(x_0),), int(t))
+    x_t = q_sample(x_0, times, torch.randn(x_0.shape, generator=make_generator(settings.seed)), alpha_bar)
+    x_t, times, labels = (v.to(denoiser.device) for v in (x_t, times, labels))
+    with autocast(settings):
+        right, wrong = (denoiser(x_t, times, y).float() for y in (labels, labels.roll(1, 0)))
+    return ((right - wrong).pow(2).mean() / right.pow(2).mean()).sqrt().item()
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable numbers in a module."""
+    return sum(p.numel() for p in module.parameters())
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -911,7 +969,7 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
 
     steps = len(dataset) // min(settings.batch_size, len(dataset))
     done, total = len(history), steps * settings.epochs
-    writer = SummaryWriter(folder / "tensorboard", purge_step=done * steps) if accelerator.is_main_process else None
+    writer = SummaryWriter(folder / "tensorboard", purge_step=done * steps + 1) if accelerator.is_main_process else None
     start = time.perf_counter()
     for epoch in range(done, settings.epochs):
         losses = torch.zeros((), device=settings.device)
@@ -945,18 +1003,24 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
             for name in ("loss", "learning_rate", "images_per_s"):
                 writer.add_scalar(name, record[name], record["step"])
             writer.flush()
+            if epoch + 1 == settings.epochs:  # before the checkpoint: stopped in between, the epoch is done again
+                shutil.rmtree(folder / "pipeline", ignore_errors=True)
+                pipeline.save_pretrained(folder / "pipeline.partial")
+                (folder / "pipeline.partial").rename(folder / "pipeline")
             state = dict(settings=dataclasses.asdict(settings), model=denoiser.state_dict(), ema=ema.state_dict(),
                          optimizer=optimizer.state_dict(), history=history)  # fmt: skip
             _write_atomically(folder / "checkpoint.pt", lambda p, s=state: torch.save(s, p))
             write_json(folder / "history.json", history)
-            if epoch + 1 == settings.epochs:
-                pipeline.save_pretrained(folder / "pipeline")
         yield Epoch(**record, pipeline=pipeline)
 
 
 #: Settings that may change when a run is resumed: they do not change what a training step computes.
-_RESUMABLE = {"profile", "device", "precision", "epochs", "max_images", "sampler", "steps", "guidance_scale",
+_RESUMABLE = {"profile", "run", "device", "precision", "epochs", "sampler", "steps", "guidance_scale",
               "ddpm_images", "seeds", "evaluation_sets", "evaluator_epochs"}  # fmt: skip
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]  # an error may have no message at all
 
 
 def _read_checkpoint(settings, folder):
@@ -966,10 +1030,10 @@ def _read_checkpoint(settings, folder):
         return None
     try:
         state = torch.load(file, map_location=settings.device, weights_only=True)
-        saved = state["settings"]
+        saved = dict(state["settings"])
     except Exception as error:
         raise ValueError(
-            f"{file}: not a checkpoint of this workbook ({str(error).splitlines()[0]}); delete it to start afresh"
+            f"{file}: not a checkpoint of this workbook ({_first_line(error)}); delete it to start afresh"
         ) from None
     now = dataclasses.asdict(settings)
     differ = [
@@ -977,8 +1041,8 @@ def _read_checkpoint(settings, folder):
     ]
     if differ:
         raise ValueError(
-            f"{file} belongs to other settings: {', '.join(differ)}. Use another run name, or delete {folder} to "
-            "start afresh."
+            f"{file} belongs to other settings: {', '.join(differ)}. Name another run "
+            f"(run='...'), or delete {folder} to start afresh."
         )
     return state
 
@@ -1004,10 +1068,13 @@ def load_history(folder: Path) -> list[dict]:
 
 @dataclasses.dataclass
 class ICLEVROutput(BaseOutput):
-    """images: list of PIL images, or (B, 3, 64, 64) in [-1, 1]; process: (steps + 1, B, 3, 64, 64) or None."""
+    """What the pipeline returns: images, a list of PIL images or (B, 3, 64, 64) in [-1, 1]. With return_process
+    also process, x_t before each step and at the end, and guesses, the x_0 that the network would have put in
+    its place: both (steps + 1, B, 3, 64, 64) on the CPU."""
 
     images: list | torch.Tensor
     process: torch.Tensor | None = None
+    guesses: torch.Tensor | None = None
 
 
 class ICLEVRPipeline(DiffusionPipeline):
@@ -1043,7 +1110,7 @@ class ICLEVRPipeline(DiffusionPipeline):
                 second half, 0 ignores the labels. The same formula serves for v and x_0, which are affine in eps.
             generator: one, or one for each picture, which makes a picture independent of its batch.
             output_type: "pil" or "pt" ((B, 3, 64, 64) float32 in [-1, 1], on the CPU).
-            return_process: also return x_t before each step and at the end.
+            return_process: also return the states on the way (see `ICLEVROutput`).
             callback_on_step_end: called as f(pipe, step, t, {"x_t": x_t}).
         """
         if output_type not in ("pil", "pt"):
@@ -1057,17 +1124,19 @@ class ICLEVRPipeline(DiffusionPipeline):
         x_t = x_t * self.scheduler.init_noise_sigma
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
-        process = [x_t.cpu()]
+        process, guesses = [], []
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             prediction = self._guided(self.scheduler.scale_model_input(x_t, t), t, labels, guidance_scale)
-            x_t = self.scheduler.step(prediction.float(), t, x_t, **extra).prev_sample
             if return_process:
+                kind, alpha_bar_t = self.scheduler.config.prediction_type, self.scheduler.alphas_cumprod[t.cpu()]
                 process.append(x_t.cpu())
+                guesses.append(to_x_0(prediction.float().cpu(), x_t.cpu(), alpha_bar_t.cpu(), kind))
+            x_t = self.scheduler.step(prediction.float(), t, x_t, **extra).prev_sample
             if callback_on_step_end is not None:
                 callback_on_step_end(self, i, t, {"x_t": x_t})
         images = x_t.clamp(-1, 1).float().cpu()
-        images = to_pil(images) if output_type == "pil" else images
-        output = ICLEVROutput(images, torch.stack(process) if return_process else None)
+        states = [torch.stack([*s, images]) for s in (process, guesses)] if return_process else [None, None]
+        output = ICLEVROutput(to_pil(images) if output_type == "pil" else images, *states)
         return output if return_dict else output.to_tuple()
 
     def _guided(self, x_t, t, labels, scale):
@@ -1106,17 +1175,19 @@ def load_pipeline(settings: Settings, weights: str = "auto") -> ICLEVRPipeline:
             f"No trained pipeline in {folder}: run notebook 03_model_and_training with profile="
             f"{settings.profile!r} and preset={settings.preset!r} first, or choose weights='shipped'"
         )
+    diffusers_logging.disable_progress_bar()  # of loading two files
     pipe = ICLEVRPipeline.from_pretrained(folder, local_files_only=True).to(settings.device)
     pipe.denoiser.to(memory_format=torch.channels_last)
     pipe.scheduler = make_sampler(settings.sampler, pipe.scheduler)
     pipe.weights_sha256 = sha256_of(folder / "denoiser" / "diffusion_pytorch_model.safetensors")
-    pipe.set_progress_bar_config(disable=True)
+    history = load_history(folder) or load_history(folder.parent)
+    pipe.images_seen = history[-1]["images_seen"] if history else None
     return pipe
 
 
 def run_folder(settings: Settings) -> Path:
-    """Where notebook 03 keeps the run of a profile and preset."""
-    return settings.runs / settings.profile / settings.preset
+    """Where notebook 03 keeps a training run: data/runs/PROFILE/RUN."""
+    return settings.runs / settings.profile / (settings.run or settings.preset)
 
 
 def sample(pipe: ICLEVRPipeline, label_sets, settings: Settings, seed: int = 0, **overrides) -> torch.Tensor:
@@ -1128,6 +1199,7 @@ def sample(pipe: ICLEVRPipeline, label_sets, settings: Settings, seed: int = 0, 
     labels = label_sets if isinstance(label_sets, torch.Tensor) else encode_labels(label_sets)
     generators = [make_generator(seed, i) for i in range(len(labels))]
     options = dict(num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale) | overrides
+    pipe.set_progress_bar_config(disable=True)
     images = []
     for i in range(0, len(labels), 64):
         with autocast(settings):
@@ -1135,6 +1207,34 @@ def sample(pipe: ICLEVRPipeline, label_sets, settings: Settings, seed: int = 0, 
                 pipe(labels[i : i + 64], generator=generators[i : i + 64], output_type="pt", **options).images
             )
     return torch.cat(images)
+
+
+def sample_seeds(pipe: ICLEVRPipeline, label_sets, settings: Settings, **overrides) -> torch.Tensor:
+    """`sample` for the seeds settings.seed, + 1, ...: (S, N, 3, 64, 64) with S = settings.seeds."""
+    images, start = [], time.perf_counter()
+    for i in progress(range(settings.seeds), "seeds"):
+        images.append(sample(pipe, label_sets, settings, settings.seed + i, **overrides))
+        if headless() and time.perf_counter() - start > 10:
+            left = (time.perf_counter() - start) / (i + 1) * (settings.seeds - i - 1)
+            print(
+                f"progress: seed {i + 1} of {settings.seeds}, {len(label_sets)} pictures, {format_seconds(left)} left"
+            )
+    return torch.stack(images)
+
+
+def sample_process(pipe: ICLEVRPipeline, label_set, settings: Settings, seed: int = 0):
+    """One picture on its way: (x_t, guesses of x_0), each (steps + 1, 3, 64, 64), noise first, picture last."""
+    with autocast(settings):
+        output = pipe(label_set, settings.steps, settings.guidance_scale, make_generator(seed, 0), return_process=True)
+    return output.process[:, 0], output.guesses[:, 0]
+
+
+def save_pictures(images: torch.Tensor, folder: Path):
+    """Write each image as folder/000.png, 001.png, ... in order; older pictures there are removed."""
+    for old in Path(folder).glob("[0-9][0-9][0-9].png"):
+        old.unlink()
+    for i, picture in enumerate(to_pil(images)):
+        _write_atomically(Path(folder) / f"{i:03d}.png", lambda temporary, p=picture: p.save(temporary, "png"))
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1188,9 +1288,9 @@ class Evaluator:
         except Exception as error:
             raise ValueError(
                 f"{file}: not an evaluator (a ResNet-18 with Sequential(Linear(512, 24), Sigmoid()), its state "
-                f"dict under 'model'): {str(error).splitlines()[0]}"
+                f"dict under 'model'): {_first_line(error)}"
             ) from None
-        return cls(network, "resnet18" if path.is_dir() else "course", sha256_of(file), device)
+        return cls(network, "resnet18" if file.suffix == ".safetensors" else "course", sha256_of(file), device)
 
     @classmethod
     def find(cls, files: DataFiles | None = None, device: str = "cpu") -> Evaluator:
@@ -1228,12 +1328,13 @@ class Evaluation:
 
     Attributes:
         probabilities: (S, N, 24), seed by label set; labels: (N, 24) multi-hot.
-        evaluator: its name.
+        evaluator, sha256: the evaluator's name and the hash of its weights.
     """
 
     probabilities: torch.Tensor
     labels: torch.Tensor
     evaluator: str
+    sha256: str = ""
 
     @property
     def hits(self) -> torch.Tensor:
@@ -1287,7 +1388,7 @@ def evaluate(evaluator: Evaluator, images: torch.Tensor, labels) -> Evaluation:
     if images.shape[1] != len(labels):
         raise ValueError(f"{images.shape[1]} images a seed for {len(labels)} label sets: these must agree")
     probabilities = evaluator(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-    return Evaluation(probabilities, labels, evaluator.name)
+    return Evaluation(probabilities, labels, evaluator.name, evaluator.sha256)
 
 
 def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 10_000):
@@ -1308,6 +1409,21 @@ def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 1
     over_sets = (means * set_weights).sum(1) / (set_weights @ totals)
     interval = lambda values: [round(float(v), 4) for v in np.percentile(values, [2.5, 97.5])]
     return (interval(over_seeds) if count > 1 else None), interval(over_sets)
+
+
+def prepare_evaluator(settings: Settings, files: DataFiles, choice: str = "auto") -> Evaluator:
+    """The evaluator to use: the course's if it lies with the data, else ours (in the profiles full and tiny
+    trained here, unless it has been); or the one at the path `choice`."""
+    if choice != "auto":
+        return Evaluator.load(choice, settings.device)
+    folder = settings.runs / settings.profile / "evaluator"
+    if settings.profile not in ("full", "tiny") or (files.root / "checkpoint.pth").is_file():
+        return Evaluator.find(files, settings.device)
+    if not (folder / "model.safetensors").is_file():
+        held_out = ICLEVRDataset(files, "held-out")
+        for record in train_evaluator(settings, ICLEVRDataset(files, "train", settings.max_images), folder, held_out):
+            print("epoch {epoch}/{epochs}  evaluator loss {loss:.4f}  held-out accuracy {accuracy}".format(**record))
+    return Evaluator.load(folder, settings.device)
 
 
 #: The course's grades: accuracy from which -> share of the points.
@@ -1346,7 +1462,7 @@ def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, he
     network = _resnet18().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps * epochs, pct_start=0.2)
-    start = time.perf_counter()
+    start, history = time.perf_counter(), []
     for epoch in range(epochs):
         network.train()
         network.fc[1] = nn.Identity()  # the loss is surer on logits
@@ -1370,12 +1486,13 @@ def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, he
         if held_out is not None and len(held_out):
             accuracy = Evaluator(network, "resnet18", device=device).eval(to_float(held_out.pixels), held_out.labels)
             network.requires_grad_(True)
-        yield {
-            "epoch": epoch + 1, "epochs": epochs, "loss": total.item() / steps, "accuracy": accuracy,
-            "images_per_s": (epoch + 1) * steps * batch / spent,
-            "seconds_left": spent / (epoch + 1) * (epochs - epoch - 1),
-        }  # fmt: skip
+        record = dict(epoch=epoch + 1, epochs=epochs, images_seen=(epoch + 1) * steps * batch,
+                      loss=total.item() / steps, accuracy=accuracy, images_per_s=(epoch + 1) * steps * batch / spent,
+                      seconds_left=spent / (epoch + 1) * (epochs - epoch - 1))  # fmt: skip
+        history.append(record)
+        yield record
     _save_weights(network, Path(folder) / "model.safetensors")
+    write_json(Path(folder) / "history.json", history)
 
 
 def _augment(images, generator):
@@ -1422,6 +1539,8 @@ def new_figure(width: float = 8, height: float = 4, rows: int = 1, columns: int 
     for ax in np.ravel(axes):
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
+        ax.xaxis.label.set_size(8)
+        ax.yaxis.label.set_size(8)
     return fig, axes
 
 
@@ -1474,12 +1593,13 @@ def guidance_explorer(pipe: ICLEVRPipeline, settings: Settings):
 
     def draw(_=None):
         try:
+            start = time.perf_counter()
             labels = encode_labels([picker.value for picker in pickers if picker.value != nothing])
-        except ValueError as error:
+            options = dict(num_inference_steps=steps.value, guidance_scale=scale.value)
+            image = sample(pipe, labels, settings, seed.value, **options)
+        except ValueError as error:  # a label twice, none, or a network that knows no guidance
             message.value = f"<b>{error}</b>"
             return
-        start = time.perf_counter()
-        image = sample(pipe, labels, settings, seed.value, num_inference_steps=steps.value, guidance_scale=scale.value)
         buffer = io.BytesIO()
         to_pil(image)[0].resize((320, 320), Image.Resampling.BICUBIC).save(buffer, "png")
         picture.value = buffer.getvalue()
@@ -1527,16 +1647,22 @@ def device_name(settings: Settings) -> str:
     return f"{settings.device}, {torch.get_num_threads()} threads"
 
 
+def show_figure(fig: Figure):
+    """Show a figure in the notebook without keeping it in a file."""
+    from IPython.display import Image as Picture
+    from IPython.display import display
+
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", bbox_inches="tight")
+    display(Picture(buffer.getvalue(), width=round(fig.get_figwidth() * 100)))
+
+
 def save_figure(fig: Figure, name: str, settings: Settings, caption: str, **provenance):
     """Keep a figure as settings.figures/NAME.png, with NAME.json beside it, and show it in the notebook.
 
     What made the figure stands in its footer, in the PNG's metadata and in the json: commit, profile, seed and
     device, and whatever `provenance` adds (data, weights, sampler, ...; plain values).
-
-    Returns:
-        An object that JupyterLab shows as the picture with its caption.
     """
-    from IPython.display import Image as Picture
     from IPython.display import Markdown, display
 
     facts = {"figure": name, "caption": caption, "commit": commit(), "profile": settings.profile,
@@ -1556,8 +1682,48 @@ def save_figure(fig: Figure, name: str, settings: Settings, caption: str, **prov
         path, lambda temporary: fig.savefig(temporary, format="png", bbox_inches="tight", metadata=metadata)
     )
     write_json(path.with_suffix(".json"), facts)
-    display(Picture(path.read_bytes(), width=round(fig.get_figwidth() * 100)))
+    show_figure(fig)
     display(Markdown(f"**Figure** `{name}`. {caption}"))
+
+
+def result_record(settings: Settings, pipe: ICLEVRPipeline | None, split: str, score: Evaluation, files: DataFiles,
+                  seconds_per_64: float | None = None) -> dict:  # fmt: skip
+    """A measurement in the form of results.json; `pipe` None means real images in place of generated ones."""
+    drawn = pipe is not None
+    guided = drawn and settings.guidance_scale != 1
+    passes = 2 if guided and settings.guidance_scale != 0 else 1
+    return {
+        "system": settings.preset if drawn else "real images",
+        "weights_sha256": pipe.weights_sha256 if drawn else None,
+        "data": files.source,
+        "images_seen": pipe.images_seen if drawn else None,
+        "split": split,
+        "evaluator": score.evaluator,
+        "evaluator_sha256": score.sha256,
+        "sampler": settings.sampler if drawn else None,
+        "steps": settings.steps if drawn else None,
+        "evaluations": settings.steps * passes if drawn else None,
+        "guidance": {
+            "kind": "classifier-free" if guided else "none",
+            "scale": settings.guidance_scale if drawn else None,
+        },
+        "seeds": len(score.probabilities) if drawn else None,
+        **score.metrics(),
+        "seconds_per_64": seconds_per_64 and round(seconds_per_64, 2),
+    }
+
+
+def results_table(rows: list[dict]) -> str:
+    """A Markdown table of result records: accuracy with both intervals, and what it was measured with."""
+    lines = ["| split | accuracy | 95% over seeds | 95% over seeds and sets | sampler | guidance | seeds | evaluator |"]
+    lines += ["|" + "---|" * 8]
+    for r in rows:
+        spans = ["–" if r[k] is None else "{:.3f} to {:.3f}".format(*r[k]) for k in ("ci95_seeds", "ci95_sets")]
+        how = f"{r['sampler']}, {r['steps']} steps" if r["sampler"] else "–"
+        guidance = f"s = {r['guidance']['scale']:g}" if r["guidance"]["scale"] is not None else "–"
+        cells = [r["split"], f"**{r['accuracy']:.4f}**", *spans, how, guidance, r["seeds"] or "–", r["evaluator"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
 
 
 def save_result(settings: Settings, record: dict):

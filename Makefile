@@ -1,0 +1,55 @@
+# make report   run the notebooks, then write report.html and report.pdf   [PROFILE=quick|shipped|full] [ARGS="--only 04"]
+# make test     run the tests                                               [ARGS="-k schedules"]
+# make lab      JupyterLab on the notebooks
+# make lock     requirements.txt from pyproject.toml                        [ARGS=--upgrade]
+# make clean    remove what is quick to make again (keeps data/ and figures/)
+#
+# Each sets up .venv first, when needed. Another interpreter: make PYTHON=python3.12 report
+PYTHON ?= python3
+PROFILE ?= auto
+BIN := .venv/bin
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable microsoft-edge
+APT := apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends
+CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
+
+help:
+	@sed -n 's/^# \(make\)/\1/p' Makefile
+
+report: .venv/installed browser
+	$(BIN)/python run_notebooks.py --profile $(PROFILE) $(ARGS)
+
+test: .venv/installed browser
+	$(BIN)/python -m pytest $(ARGS)
+
+lab: .venv/installed
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+lock: $(BIN)/uv
+	$(BIN)/uv pip compile --universal --python-version 3.11 --no-emit-index-url pyproject.toml --extra test \
+	  -o requirements.txt $(ARGS) >/dev/null
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache figures/quick data/runs/tiny data/runs/notebooks/tiny
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/installed: requirements.txt | $(BIN)/uv
+	$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.txt
+	@touch $@
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed; say: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv .venv >/dev/null 2>&1 || \
+	  { pkg=$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+	    { $(CAN_APT) && $(APT) $$pkg; } >/dev/null 2>&1 && $(PYTHON) -m venv --clear .venv || \
+	    { echo "$(PYTHON) cannot make a virtual environment; on Debian or Ubuntu: apt install $$pkg"; exit 1; }; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+
+# Prints the PDF. Without one the report is HTML only, and run_notebooks.py says so.
+browser:
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
+	$(CAN_APT) && echo "installing chromium" && \
+	  { $(APT) chromium fonts-noto-cjk fonts-liberation fonts-dejavu-extra; } >/dev/null 2>&1 || true
+
+.PHONY: help report test lab lock clean browser

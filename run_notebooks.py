@@ -1,0 +1,423 @@
+#!/usr/bin/env python3
+"""Run the workbook's notebooks in order, then make the report from them.
+
+    python run_notebooks.py                              notebooks 01 to 05, then report.html and report.pdf
+    python run_notebooks.py --profile shipped            tiny, quick, shipped, full, or auto (the default)
+    python run_notebooks.py --only 04 -p split=test -p guidance_scale=3
+    python run_notebooks.py --report                     only the report, from notebooks that ran before
+
+`-p name=value` sets a variable of the cell tagged `parameters` in every chosen notebook that has it; unknown
+names and wrong types are refused before anything runs. Executed notebooks go to
+data/runs/notebooks/PROFILE/ (as NN_name.partial.ipynb until all of it ran) with a status.json beside them;
+the report goes to the profile's figures folder. The run stops at the first failing notebook.
+
+Exit status: 0 all ran, 1 a notebook failed, 2 a request that cannot be carried out, 130 interrupted.
+"""
+
+import argparse
+import ast
+import base64
+import contextlib
+import datetime
+import difflib
+import html
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from jinja2 import pass_context
+from latex2mathml.converter import convert
+from nbconvert.exporters import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parent
+NOTEBOOKS = ROOT / "notebooks"
+LAST_OF_REPORT = 5  # a plain run takes notebooks 01 to 05; later ones are asked for with --only
+LEFT_OUT = {"parameters", "injected-parameters", "interactive", "solution", "no-report"}  # cell tags
+
+
+class Refused(Exception):
+    """A request that cannot be carried out; the message is for the person who made it."""
+
+
+class Failed(Exception):
+    """A notebook did not run to its end; the message says where and why."""
+
+
+# ── Choosing and checking ──────────────────────────────────────────────────────────────────────────────
+
+
+def choose_notebooks(folder, only=None):
+    """Paths of the notebooks NN_name.ipynb in `folder`, in order; `only` is "04" or "01,02"."""
+    found = {int(path.name[:2]): path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    numbers = {int(n) for n in re.findall(r"\d+", only)} if only else {n for n in found if n <= LAST_OF_REPORT}
+    if not numbers or numbers - set(found) or not re.fullmatch(r"[\d,]+", only or "1"):
+        raise Refused(f"--only {only}: the notebooks are {', '.join(p.stem for p in found.values()) or 'none'}")
+    return [found[n] for n in sorted(numbers)]
+
+
+def read_parameters(path):
+    """{name: default} of a notebook's `parameters` cell, which holds plain literals only."""
+    try:
+        found = papermill.inspect_notebook(path)
+        defaults = {name: ast.literal_eval(parameter["default"]) for name, parameter in found.items()}
+    except Exception as error:
+        raise Refused(f"{path.name}: cannot read its parameters ({error})") from error
+    if "profile" not in defaults:
+        raise Refused(f"{path.name}: no variable `profile` in a cell tagged `parameters`")
+    return defaults
+
+
+def parse_value(text, default):
+    """`text` as a value of the type of `default`. Raises ValueError or SyntaxError where it is not one."""
+    if isinstance(default, str):
+        return text
+    if isinstance(default, list) and not text.lstrip().startswith("["):
+        return [parse_value(part.strip(), default[0] if default else "") for part in text.split(",")]
+    words = {"true": True, "false": False}
+    value = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if isinstance(default, list) and default:
+        value = [parse_value(v if isinstance(v, str) else repr(v), default[0]) for v in value]
+    if default is not None and type(value) is not type(default):
+        raise ValueError(f"{text} is a {type(value).__name__}")
+    return value
+
+
+def check_parameters(paths, assignments):
+    """{path: {name: value}} of what each notebook is given. Raises Refused: unknown name, wrong type."""
+    defaults = {path: read_parameters(path) for path in paths}
+    given = {path: {} for path in paths}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or name == "profile":
+            raise Refused(f"-p {assignment}: " + ("use --profile" if equals else "write name=value"))
+        takers = [path for path in paths if name in defaults[path]]
+        if not takers:
+            close = difflib.get_close_matches(name, {n for known in defaults.values() for n in known}, n=1)
+            lines = [f"-p {assignment}: no such parameter" + (f"; did you mean {close[0]}?" if close else "")]
+            lines += [f"  {path.stem} has {', '.join(set(defaults[path]) - {'profile'})}" for path in paths]
+            raise Refused("\n".join(lines))
+        for path in takers:
+            default = defaults[path][name]
+            try:
+                given[path][name] = parse_value(text, default)
+            except (ValueError, SyntaxError):
+                wanted = f"{type(default).__name__}, such as its default {default!r}"
+                raise Refused(f"-p {assignment}: {path.stem} wants {wanted}") from None
+    return given
+
+
+# ── Running ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ProgressLines(io.TextIOBase):
+    """The file that papermill writes a notebook's prints to: "epoch..." and "progress..." lines pass."""
+
+    rest = ""
+
+    def write(self, text):
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            if line.lower().startswith(("epoch", "progress")):
+                print(f"  {line}", flush=True)
+
+
+def write_text(path, text):
+    """Write a file so that `path` is either the old file or the whole new one."""
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path):
+    """What a json file holds; {} where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def set_environment():
+    """What the kernels inherit: this interpreter, lab6_utils importable, no progress bars, absolute paths."""
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # else a kernel of the user's named "python3" comes first
+    os.environ["LAB6_HEADLESS"] = "1"
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # no debugger warning from every kernel
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    for name in ("LAB6_DATA", "LAB6_RUNS", "LAB6_FIGURES"):
+        if os.environ.get(name):
+            os.environ[name] = str(Path(os.environ[name]).expanduser().resolve())
+
+
+def where_it_stopped(partial):
+    """ "cell 7 of 31: its first line" for the last cell that began, numbered as in the stored notebook."""
+    added = {"injected-parameters", "papermill-error-cell-tag"}  # by papermill
+    cells = [c for c in read_json(partial).get("cells", []) if not added & set(c["metadata"].get("tags", []))]
+    for number, cell in reversed(list(enumerate(cells, 1))):
+        if cell["cell_type"] == "code" and cell["metadata"].get("papermill", {}).get("start_time"):
+            first_line = "".join(cell["source"]).strip().partition("\n")[0]
+            return f"cell {number} of {len(cells)}: {first_line}"
+    return "before its first cell"
+
+
+def explain(error):
+    """An error's name and message, with the last lines of the traceback where a cell raised it."""
+    if not hasattr(error, "traceback"):  # a time-out or a dead kernel
+        return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).splitlines()
+    return "\n    ".join([*[line for line in lines if line.strip()][-8:-1], f"{error.ename}: {error.evalue}"])
+
+
+def execute(path, final, parameters, timeout=None):
+    """Run one notebook; `final` is replaced only when all of it ran. Raises Failed."""
+    partial = final.with_suffix(".partial.ipynb")
+    try:
+        executed = papermill.execute_notebook(
+            path, partial, parameters, kernel_name="python3", cwd=path.parent, progress_bar=False,
+            stdout_file=ProgressLines(), execution_timeout=timeout, start_timeout=600, iopub_timeout=60,
+            extra_arguments=["--log-level=40"],  # no advice on transports from every kernel
+        )  # fmt: skip
+    except Exception as error:
+        reason = f"{explain(error)}\n  what ran is in {partial}"
+        raise Failed(f"{where_it_stopped(partial)}\n    {reason}") from error
+    code = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.strip()]
+    if not all(cell.execution_count for cell in code):  # exit() in a cell is no error to papermill
+        raise Failed(f"{where_it_stopped(partial)}\n    ended the kernel: the cells after it did not run")
+    os.replace(partial, final)
+
+
+def run_all(given, folder, facts, timeout=None):
+    """Run notebooks in order into `folder`, status.json beside them. Raises Failed at the first failure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    status = read_json(folder / "status.json")
+    for path, parameters in given.items():
+        start = time.monotonic()
+
+        def record(state, path=path, parameters=parameters, start=start, **more):
+            seconds = round(time.monotonic() - start, 1)
+            date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            status[path.stem] = {"state": state, "seconds": seconds, "date": date, **facts, **more}
+            status[path.stem]["parameters"] = parameters
+            write_text(folder / "status.json", json.dumps(status, indent=1))
+            print(f"{path.stem:28}{state}" + ("" if state == "running" else f"  {seconds} s"), flush=True)
+
+        record("running")
+        try:
+            execute(path, folder / path.name, parameters, timeout)
+        except (Failed, KeyboardInterrupt) as error:
+            record("failed", error=str(error) or "interrupted")
+            raise
+        record("ok")
+
+
+# ── The report ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def to_mathml(tex, display=False):
+    """MathML of a formula; what latex2mathml does not know is first written in what it does."""
+    source = re.sub(r"\\(begin|end)\{(aligned|gathered)\}", r"\\\1{align*}", tex.strip())
+    source = re.sub(r"(\\[bB]igg?[lrm]?)?\s*\\([lr]?Vert\b|\|)", r"\\Vert ", source)
+    source = re.sub(r"\\operatorname\*?\s*\{", r"\\mathrm{", re.sub(r"\\arg\b", r"\\mathrm{arg}", source))
+    source = re.sub(r"\\(math(?:bf|bb|cal|rm)|boldsymbol)\s*([A-Za-z0-9]|\\[A-Za-z]+)", r"\\\1{\2}", source)
+    try:
+        mathml = convert(source, display="block" if display else "inline")
+    except Exception:  # it has many
+        mathml = html.escape(f"${tex}$")
+    mathml = re.sub(r"<mi>(?:~|&#x0007E;)</mi>", "<mo>&#x223C;</mo>", mathml)  # \sim is a relation
+    mathml = re.sub(r"(<mi>(?:log|exp|max|min)</mi>)(?=<m[in])", r'\1<mspace width="0.17em"/>', mathml)
+    mathml = mathml.replace('"negativethinmathspace"', '"-0.17em"')
+    if re.search(r"[\\$]|&amp;", re.sub(r"<[^>]+>", "", mathml)):
+        print(f"report: this TeX could not be typeset: {tex.strip()}", file=sys.stderr)
+    return mathml
+
+
+class Renderer(IPythonRenderer):
+    """Markdown to HTML, formulas as MathML; `headings` collects what the table of contents shows."""
+
+    def inline_math(self, body):
+        return to_mathml(body)
+
+    def block_math(self, body):
+        return to_mathml(body, display=True)
+
+    def latex_environment(self, name, body):
+        return to_mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", display=True)
+
+    def heading(self, text, level, **attrs):
+        anchor = self.chapter if level == 1 else f"h{len(self.headings)}"
+        self.headings.append({"text": text, "level": level, "anchor": anchor})
+        return f'<h{level} id="{anchor}">{text}</h{level}>\n'
+
+
+class ReportExporter(HTMLExporter):
+    """nbconvert's HTML exporter with that renderer."""
+
+    @pass_context
+    def markdown2html(self, context, source):
+        resources = context["resources"]
+        renderer = Renderer(escape=False, embed_images=True, path=resources["metadata"]["path"])
+        renderer.headings, renderer.chapter = resources["headings"], context["cell"].metadata.chapter
+        text = MarkdownWithMath(renderer=renderer).render(source)
+        return re.sub(r'href="(?:\./)?(\d\d_\w+)\.ipynb[^"]*"', r'href="#\1"', text)  # to the chapter
+
+
+def make_exporter():
+    """The exporter with the template in notebooks/templates, tagged cells removed, prints joined."""
+    shown = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
+    config = Config(
+        CoalesceStreamsPreprocessor={"enabled": True},
+        TagRemovePreprocessor={"enabled": True, "remove_cell_tags": LEFT_OUT},
+        NbConvertBase={"display_data_priority": shown},
+    )
+    templates = str(ROOT / "notebooks" / "templates")
+    exporter = ReportExporter(config=config, template_name="report", extra_template_basedirs=[templates])
+    exporter.register_filter("shorten", shorten)
+    return exporter
+
+
+def shorten(text, epochs=12):
+    """Printed lines for paper: no progress lines, and of many epochs the first and the last."""
+    lines = [line for line in text.splitlines() if not line.lower().startswith("progress")]
+    printed = [i for i, line in enumerate(lines) if line.lower().startswith("epoch")]
+    if len(printed) > epochs:
+        lines[printed[epochs // 2] : printed[-epochs // 2]] = ["…"]
+    return "\n".join(lines)
+
+
+def assemble(paths):
+    """One notebook of the cells of executed notebooks, each cell marked with its chapter."""
+    book = nbformat.v4.new_notebook()
+    for path in paths:
+        for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
+            cell.id, cell.metadata["chapter"] = f"c{path.name[:2]}-{number}", path.stem
+            book.cells.append(cell)
+    return book
+
+
+def make_html(settings, notebooks):
+    """Write report.html from the executed notebooks of the settings' profile; returns its path."""
+    folder, figures = settings.runs / "notebooks" / settings.profile, settings.figures
+    paths = [path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")) if ".partial" not in path.name]
+    if not paths:
+        raise Refused(f"no executed notebooks in {folder}: run them first")
+    status = read_json(folder / "status.json")
+    runs = {path.stem: status.get(path.stem, {}) for path in paths}
+    grids = sorted(figures.glob("*grid*.png"), key=lambda path: ("test" not in path.stem, path.stem))
+    front = {
+        "student": list(filter(None, map(os.environ.get, ("LAB6_STUDENT_ID", "LAB6_STUDENT_NAME")))),
+        "profile": settings.profile,
+        "runs": runs,
+        "last": max(runs.values(), key=lambda run: run.get("date", "")),
+        "missing": [path.stem for path in choose_notebooks(notebooks) if path.stem not in runs],
+        "results": read_json(figures / "results.json").get("results", []),
+        "hero": base64.b64encode(grids[0].read_bytes()).decode() if grids else None,
+    }
+    resources = {"headings": [], "front": front, "metadata": {"name": "report", "path": str(notebooks)}}
+    body, _ = make_exporter().from_notebook_node(assemble(paths), resources)
+    figures.mkdir(parents=True, exist_ok=True)
+    write_text(figures / "report.html", body)
+    return figures / "report.html"
+
+
+def find_browsers():
+    """Commands of the Chrome, Chromium and Edge browsers on this computer."""
+    names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge"]
+    for name in ("Google Chrome", "Chromium", "Microsoft Edge"):
+        names += [f"/Applications/{name}.app/Contents/MacOS/{name}"]
+    for base in filter(None, map(os.environ.get, ("ProgramFiles", "ProgramFiles(x86)", "LocalAppData"))):
+        names += [f"{base}/Google/Chrome/Application/chrome.exe", f"{base}/Microsoft/Edge/Application/msedge.exe"]
+    return list(filter(None, map(shutil.which, names)))
+
+
+def make_pdf(page):
+    """Print an HTML file to a PDF beside it with the first browser that can; returns its path, or None."""
+    partial = page.with_suffix(".partial.pdf")
+    partial.unlink(missing_ok=True)
+    flags = "--headless --disable-gpu --no-first-run --disable-background-networking --disable-sync "
+    flags += "--disable-component-update --no-pdf-header-footer --generate-pdf-document-outline"
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        flags += " --no-sandbox"  # Chromium's sandbox does not run as root
+    for browser in find_browsers():
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own:  # not the user's open browser
+            options = [*flags.split(), f"--user-data-dir={own}", f"--print-to-pdf={partial}", page.as_uri()]
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                subprocess.run([browser, *options], capture_output=True, check=True, timeout=300)
+                os.replace(partial, page.with_suffix(".pdf"))
+                return page.with_suffix(".pdf")
+    return None
+
+
+def report(settings, notebooks=NOTEBOOKS):
+    """Make report.html and, where there is a browser, report.pdf."""
+    page = make_html(settings, notebooks).resolve()
+    advice = "no report.pdf made: no working Chrome, Chromium or Edge found. Install one (Debian: apt install chromium "
+    advice += "fonts-noto-cjk), then say python run_notebooks.py --report; or print report.html from any browser."
+    print(f"report  {page}\n{make_pdf(page) or advice}")
+
+
+# ── Command line ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_facts(settings):
+    """Commit, device and data of a run, for status.json and the report."""
+    import lab6_utils
+
+    try:
+        data = lab6_utils.find_data().source
+    except (OSError, ValueError):
+        data = "none found"
+    return {"commit": lab6_utils.commit(), "device": lab6_utils.device_name(settings), "data": data}
+
+
+def main(argv=None, notebooks=NOTEBOOKS):
+    """Run the command line `argv` on a folder of notebooks; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="auto", help="tiny, quick, shipped, full, or auto (the default)")
+    parser.add_argument("--only", metavar="NN[,NN]", help="run these notebooks only, by number")
+    parser.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[])
+    parser.add_argument("--timeout", type=int, metavar="SECONDS", help="fail when one cell takes longer")
+    parser.add_argument("--report", action="store_true", help="run nothing, only make the report again")
+    parser.add_argument("--no-report", action="store_true", help="run notebooks, make no report")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C, kernels are shut down
+    set_environment()
+    try:
+        given = check_parameters(choose_notebooks(notebooks, args.only), args.assignments)
+        sys.path.insert(0, str(ROOT))
+        import lab6_utils  # takes seconds (torch), so after the checks
+
+        try:
+            settings = lab6_utils.make_settings(args.profile)
+        except ValueError as error:
+            raise Refused(error) from None
+        if not args.report:
+            given = {path: {"profile": settings.profile, **parameters} for path, parameters in given.items()}
+            run_all(given, settings.runs / "notebooks" / settings.profile, run_facts(settings), args.timeout)
+        if not args.no_report:
+            report(settings, notebooks)
+    except Refused as error:
+        print(error, file=sys.stderr)
+        return 2
+    except Failed as error:
+        print(f"  {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""What the tests share: a place of their own for every file, a few real images, and synthetic data in the course's layout."""
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+REAL = Path(os.environ.get("LAB6_TEST_ICLEVR") or ROOT.parent / "shared" / "iclevr")
+os.environ["LAB6_HEADLESS"] = "1"
+
+import lab6_utils as lab  # noqa: E402
+
+TRAIN_SCENES = range(60)
+HELD_OUT_SCENES = range(5500, 5510)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment(tmp_path_factory):
+    """Runs, figures and data in temporary folders, whatever the caller's environment says; the repository stays as it is."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAB6_HEADLESS", "1")
+        patch.setenv("LAB6_RUNS", str(home / "runs"))
+        patch.setenv("LAB6_FIGURES", str(home / "figures"))
+        patch.setenv("LAB6_DATA", str(home / "no data"))
+        yield home
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """An empty runs folder for one test."""
+    monkeypatch.setenv("LAB6_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture(scope="session")
+def iclevr(tmp_path_factory):
+    """Folder with the course's layout: real images of 60 training scenes and 10 held-out ones. Skips without them."""
+    if not (REAL / "unpack.py").is_file():
+        pytest.skip(f"needs the real i-CLEVR images: no unpack.py in {REAL} (LAB6_TEST_ICLEVR names another folder)")
+    wanted = {f"CLEVR_train_{scene:06d}" for scene in (*TRAIN_SCENES, *HELD_OUT_SCENES)}
+    source, folder = tmp_path_factory.mktemp("packed"), tmp_path_factory.mktemp("iclevr")
+    with zipfile.ZipFile(REAL / "iclevr64_scenes.zip") as whole, zipfile.ZipFile(source / "iclevr64_scenes.zip", "w") as part:
+        for name in whole.namelist():
+            if Path(name).stem in wanted:
+                part.writestr(name, whole.read(name))
+    spec = importlib.util.spec_from_file_location("unpack", REAL / "unpack.py")
+    unpack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unpack)
+    unpack.HERE = source  # reading all 6,003 scenes would take ten seconds
+    labels, train = json.loads((REAL / "train.json").read_text()), {}
+    (folder / "iclevr").mkdir()
+    for scene, frames in unpack.scenes():
+        for k, frame in enumerate(frames):
+            Image.fromarray(frame).save(folder / "iclevr" / f"{scene}_{k}.png")
+            train[f"{scene}_{k}.png"] = labels[f"{scene}_{k}.png"]
+    assert len(train) == 3 * len(wanted)
+    (folder / "train.json").write_text(json.dumps(train))
+    for name in ("test.json", "new_test.json", "objects.json"):
+        shutil.copy(REAL / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def real_files(iclevr, monkeypatch):
+    """What `find_data` makes of the real subset."""
+    monkeypatch.setenv("LAB6_DATA", str(iclevr))
+    return lab.find_data()
+
+
+def noise_picture(rng, size=(64, 64)):
+    """A picture of coloured noise, (height, width, 3) uint8, unlike any other."""
+    return rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+
+
+def png(pixels):
+    """The bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_data(folder, scenes=(0, 1, 5500), size=(64, 64), as_zip=False, pictures=None, objects="objects.json"):
+    """Write the course's layout with synthetic pictures; returns the folder.
+
+    Scene s has three pictures of 1, 2 and 3 objects; `pictures` ({name: (pixels, label set)}) replaces them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    if pictures is None:
+        pictures = {}
+        for scene in scenes:
+            labels = [lab.OBJECTS[i] for i in rng.permutation(24)[:3]]
+            for k in range(3):
+                pictures[f"CLEVR_train_{scene:06d}_{k}.png"] = noise_picture(rng, size), labels[: k + 1]
+    if as_zip:
+        with zipfile.ZipFile(folder / "iclevr.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, (pixels, _) in pictures.items():
+                archive.writestr(f"iclevr/{name}", png(pixels))
+    else:
+        (folder / "iclevr").mkdir()
+        for name, (pixels, _) in pictures.items():
+            (folder / "iclevr" / name).write_bytes(png(pixels))
+    train = {name: labels for name, (_, labels) in reversed(pictures.items())}  # in another order than the files
+    write = lambda name, value: (folder / name).write_text(json.dumps(value))
+    write("train.json", train)
+    write("test.json", [["gray cube"], ["red cube", "blue sphere"]])
+    write("new_test.json", [["cyan cylinder", "red cube", "blue sphere"]])
+    write(objects, {name: i for i, name in enumerate(lab.OBJECTS)})
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path, runs, monkeypatch):
+    """A folder of synthetic data that LAB6_DATA names."""
+    folder = make_data(tmp_path / "data")
+    monkeypatch.setenv("LAB6_DATA", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory, environment):
+    """An ICLEVRDataset of 42 synthetic training pictures."""
+    folder = make_data(tmp_path_factory.mktemp("synthetic") / "data", scenes=range(14))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAB6_DATA", str(folder))
+        return lab.ICLEVRDataset(lab.find_data(), "train")
+
+
+def tiny(**overrides):
+    """Settings of the tiny profile on the CPU in float32."""
+    return lab.make_settings("tiny", **dict(device="cpu", precision="fp32") | overrides)
+
+
+def tiny_linear(**overrides):
+    """The preset linear-512, shrunk."""
+    small = dict(preset="linear-512", channels=[8, 8, 16, 16], layers_per_block=1, norm_groups=8, label_dropout=0.1)
+    return tiny(**small | overrides)
+
+
+def make_pipeline(settings, sampler="ddim"):
+    """A pipeline of untrained weights."""
+    pipe = lab.ICLEVRPipeline(lab.make_denoiser(settings).eval(), lab.make_scheduler(settings))
+    pipe.scheduler = lab.make_sampler(sampler, pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

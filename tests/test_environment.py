@@ -1,0 +1,83 @@
+"""What is stored: the lock and the conda environment agree, notebooks are clean, ruff has nothing to say."""
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TAGS = {"parameters", "interactive", "exercise", "solution", "no-report"}
+
+
+@pytest.fixture(scope="module")
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def locked():
+    """{name: [versions]} of requirements.txt; a few packages have one version for each Python."""
+    versions = {}
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.lstrip().startswith("#"):
+            requirement = Requirement(line)  # an option, such as an index's address, is none
+            assert requirement.url is None
+            versions.setdefault(requirement.name, []).append(str(requirement.specifier).removeprefix("=="))
+    return versions
+
+
+def test_requirements_lock_what_pyproject_asks_for(project, locked):
+    for text in project["dependencies"] + project["optional-dependencies"]["test"]:
+        requirement = Requirement(text)
+        assert requirement.name in locked, f"{requirement.name}: say make lock"
+        for version in locked[requirement.name]:
+            assert requirement.specifier.contains(version), f"{text} is locked at {version}: say make lock"
+
+
+def test_conda_environment_agrees(project, locked):
+    rattler = pytest.importorskip("rattler")
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["channels"] == ["conda-forge"]
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    names = [rattler.MatchSpec(entry, strict=True).name.normalized for entry in conda]
+    assert names == ["python", "pip"]
+    for version in ("3.11.0", "3.12.4"):
+        python = SpecifierSet(conda[0].removeprefix("python"))
+        assert python.contains(version) and SpecifierSet(project["requires-python"]).contains(version)
+    assert not python.contains("3.10.9")
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    direct = [Requirement(text).name for text in project["dependencies"]]
+    assert pip == [f"{name}=={locked[name][0]}" for name in direct], "copy the versions of requirements.txt"
+    for entry in pip:  # each is also a version that conda could name
+        rattler.MatchSpec(entry, strict=True)
+
+
+def test_the_five_notebooks_are_there():
+    assert [path.name[:2] for path in NOTEBOOKS][:5] == ["01", "02", "03", "04", "05"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_stored_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3" and notebook.metadata.language_info.name == "python"
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    ids = [cell.get("id") for cell in notebook.cells]
+    assert all(ids) and len(set(ids)) == len(ids)
+    for cell in notebook.cells:
+        assert set(cell.metadata.get("tags", [])) <= TAGS
+        assert cell.cell_type != "code" or (cell.outputs == [] and cell.execution_count is None), cell.source
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1 and tagged[0].cell_type == "code"
+
+
+def test_ruff():
+    checked = subprocess.run([sys.executable, "-m", "ruff", "check", ROOT], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout

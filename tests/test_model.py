@@ -1,0 +1,260 @@
+"""Section 4 of lab6_utils: the denoisers listen to their labels, and the presets are what their reports say."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny, tiny_linear
+from torch import nn
+
+import lab6_utils as lab
+
+MAKERS = {"tokens": tiny, "linear": tiny_linear}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def denoiser(request):
+    return lab.make_denoiser(MAKERS[request.param]()).eval().requires_grad_(False)
+
+
+def noise(count, seed=0):
+    return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def predict(denoiser, label_sets, t=500, x_t=None, null=None):
+    labels = label_sets if isinstance(label_sets, torch.Tensor) else lab.encode_labels(label_sets)
+    x_t = noise(1).expand(len(labels), -1, -1, -1) if x_t is None else x_t
+    return denoiser(x_t, torch.as_tensor(t), labels, null)
+
+
+def distance(a, b):
+    return (a - b).abs().max().item()
+
+
+# ── Conditioning ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_object_changes_the_prediction(denoiser):
+    outputs = predict(denoiser, torch.eye(24))
+    assert outputs.shape == (24, 3, 64, 64) and outputs.isfinite().all()
+    assert min(distance(a, b) for a, b in itertools.combinations(outputs, 2)) > 1e-4
+
+
+def test_colours_are_bound_to_shapes(denoiser):
+    one, other = predict(denoiser, [["red sphere", "cyan cube"], ["cyan sphere", "red cube"]])
+    assert distance(one, other) > 1e-4
+
+
+def test_one_object_more_changes_the_prediction(denoiser):
+    names = list(lab.OBJECTS[::5])
+    outputs = torch.cat([predict(denoiser, names[:k]) for k in range(1, 6)])
+    assert min(distance(a, b) for a, b in itertools.combinations(outputs, 2)) > 1e-4
+
+
+def test_the_order_of_labels_does_not_matter(denoiser):
+    outputs = predict(denoiser, list(itertools.permutations(lab.MANUAL_SET)))
+    assert distance(outputs, outputs[:1].expand_as(outputs)) < 1e-5
+
+
+def test_the_null_condition_ignores_the_labels(denoiser):
+    null = torch.ones(3, dtype=torch.bool)
+    labels = lab.encode_labels([["red sphere"], ["cyan cube", "gray cube"], lab.MANUAL_SET])
+    outputs = predict(denoiser, labels, null=null)
+    assert distance(outputs, outputs[:1].expand_as(outputs)) < 1e-5
+
+
+def test_the_null_condition_is_no_label_vector(denoiser):
+    denoiser = lab.make_denoiser(MAKERS["linear" if "Linear" in type(denoiser.condition).__name__ else "tokens"]()).eval()
+    with torch.no_grad():
+        for p in denoiser.parameters():  # as after training: nothing is zero any more
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        labels = torch.cat([torch.zeros(1, 24), torch.ones(1, 24), torch.eye(24)])
+        given = predict(denoiser, labels)
+        nothing = predict(denoiser, labels[:1], null=torch.ones(1, dtype=torch.bool))
+    assert min(distance(nothing[0], other) for other in given) > 1e-4
+
+
+def test_null_is_chosen_for_each_picture(denoiser):
+    labels = lab.encode_labels([["red sphere"], ["red sphere"]])
+    mixed = predict(denoiser, labels, null=torch.tensor([False, True]))
+    torch.testing.assert_close(mixed[:1], predict(denoiser, labels[:1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1:], predict(denoiser, labels[:1], null=torch.ones(1).bool()), rtol=1e-4, atol=1e-5)
+    assert distance(mixed[0], mixed[1]) > 1e-4
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_a_model_without_null_condition_refuses_it(make):
+    denoiser = lab.make_denoiser(make(label_dropout=0.0))
+    assert predict(denoiser, ["red sphere"]).shape == (1, 3, 64, 64)
+    with pytest.raises(ValueError, match="no null condition .* use guidance_scale=1"):
+        predict(denoiser, ["red sphere"], null=torch.ones(1, dtype=torch.bool))
+
+
+def test_predictions_do_not_depend_on_the_batch(denoiser):
+    sets = [["red sphere"], ["cyan cube", "gray cube"], lab.MANUAL_SET, lab.OBJECTS[::5]]  # 1, 2, 3 and 5 objects
+    x_t, times = noise(4), torch.tensor([3, 250, 700, 999])
+    together = predict(denoiser, sets, times, x_t)
+    for i in range(4):
+        alone = predict(denoiser, sets[i : i + 1], times[i : i + 1], x_t[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_time_step_matters_and_may_be_one_for_all(denoiser):
+    sets, x_t = [["red sphere"], ["cyan cube"]], noise(2)
+    one, each = predict(denoiser, sets, 500, x_t), predict(denoiser, sets, torch.tensor([500, 500]), x_t)
+    torch.testing.assert_close(one, each)
+    assert distance(one, predict(denoiser, sets, 501, x_t)) > 1e-6 < distance(one, predict(denoiser, sets, 0, x_t))
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_every_parameter_is_trained(make):
+    """A part that no gradient reaches is wired to nothing."""
+    denoiser = lab.make_denoiser(make())
+    labels = lab.encode_labels([["red sphere"], lab.OBJECTS[:3], lab.OBJECTS[3:24:3][:5], ["cyan cube", "gray cube"]])
+    labels = torch.cat([labels, torch.eye(24)])
+    null = torch.zeros(len(labels), dtype=torch.bool)
+    null[3] = True
+    denoiser(noise(len(labels)), torch.arange(len(labels)) * 30, labels, null).pow(2).mean().backward()
+    silent = [name for name, p in denoiser.named_parameters() if p.grad is None or not p.grad.any()]
+    # With one token for all places, softmax is constant: of a null row the queries and keys learn nothing, others do.
+    assert silent == []
+
+
+# ── Shape and making ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Passing(nn.Module):
+    """In place of a U-Net: returns its input and remembers its shape."""
+
+    def forward(self, x, t, class_labels, **extra):
+        self.seen, self.tokens = x.shape, extra.get("encoder_hidden_states")
+        return SimpleNamespace(sample=x)
+
+
+@pytest.mark.parametrize("patch, seen", [(1, (3, 64, 64)), (2, (12, 32, 32)), (4, (48, 16, 16))])
+def test_pixels_become_channels_and_return(patch, seen):
+    denoiser = lab.make_denoiser(tiny(patch=patch))
+    assert predict(denoiser, ["red sphere"]).shape == (1, 3, 64, 64)
+    denoiser.unet, x_t = Passing(), noise(2)
+    assert torch.equal(predict(denoiser, [["red sphere"], ["cyan cube"]], x_t=x_t), x_t)
+    assert denoiser.unet.seen == (2, *seen)
+
+
+def test_there_is_a_token_for_each_object():
+    denoiser = lab.make_denoiser(tiny())
+    table = denoiser.condition(torch.eye(24), torch.zeros(24).bool())[1][:, 0]
+    denoiser.unet = Passing()
+    for names in (["red sphere"], ["cyan cube", "gray cube"], lab.MANUAL_SET, lab.OBJECTS[:5]):
+        predict(denoiser, names)
+        tokens = denoiser.unet.tokens[0]
+        assert len(tokens) == max(3, len(names))
+        for name, token in zip(sorted(names, key=lab.OBJECTS.index), tokens, strict=False):
+            torch.testing.assert_close(token, table[lab.OBJECTS.index(name)])
+        for token in tokens[len(names) :]:
+            torch.testing.assert_close(token, denoiser.condition.empty)
+
+
+def test_weights_come_from_the_seed_alone():
+    torch.manual_seed(1)
+    first, after = lab.make_denoiser(tiny(seed=3)).state_dict(), torch.rand(1)
+    torch.manual_seed(2)
+    again, other = lab.make_denoiser(tiny(seed=3)).state_dict(), lab.make_denoiser(tiny(seed=4)).state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1)), "the caller's random numbers are left alone"
+
+
+# ── Presets ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def where_attention_is(denoiser):
+    return {".".join(name.split(".")[:2]).removesuffix(".attentions") for name, _ in denoiser.unet.named_modules()
+            if ".attentions." in name}  # fmt: skip
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def full(preset):
+    return lab.make_settings("full", preset=preset, device="cpu", precision="fp32")
+
+
+def linear_512_by_hand():
+    """Parameters of report D's network, layer by layer."""
+    linear = lambda i, o: i * o + o
+    conv = lambda i, o, k=3: i * o * k * k + o
+    norm = lambda c: 2 * c
+    resnet = lambda i, o: (norm(i) + conv(i, o) + linear(512, o) + norm(o) + conv(o, o)
+                           + (conv(i, o, 1) if i != o else 0))  # fmt: skip
+    attention = lambda c: norm(c) + 4 * linear(c, c)  # query, key, value, output
+    down = [
+        resnet(128, 128) * 2 + conv(128, 128),  # 64x64, then shrunk by a convolution
+        resnet(128, 128) * 2 + conv(128, 128),  # 32x32
+        resnet(128, 256) + resnet(256, 256) + conv(256, 256),  # 16x16
+        resnet(256, 256) * 2 + 2 * attention(256),  # 8x8, the lowest
+    ]
+    middle = resnet(256, 256) * 2 + attention(256)
+    up = [  # each resnet also takes what one on the way down (or its shrinking, or conv_in) left: + 256 or + 128
+        resnet(512, 256) * 3 + 3 * attention(256) + conv(256, 256),
+        resnet(512, 256) * 2 + resnet(256 + 128, 256) + conv(256, 256),
+        resnet(256 + 128, 128) + resnet(256, 128) * 2 + conv(128, 128),
+        resnet(256, 128) * 3,
+    ]
+    ends = conv(3, 128) + norm(128) + conv(128, 3)
+    time, labels = linear(128, 512) + linear(512, 512), linear(24, 512)
+    return sum(down) + middle + sum(up) + ends + time + labels
+
+
+def test_linear_512_is_report_d():
+    settings = full("linear-512")
+    denoiser = lab.make_denoiser(settings)
+    assert count(denoiser) == linear_512_by_hand() == 28_495_107
+    assert where_attention_is(denoiser) == {"down_blocks.3", "mid_block", "up_blocks.0"}, "the lowest resolution only"
+    assert not any("attn2" in name for name, _ in denoiser.named_modules()), "no cross-attention"
+    assert (denoiser.condition.linear.in_features, denoiser.condition.linear.out_features) == (24, 512)
+    assert denoiser.condition.null is None
+    report = dict(batch_size=32, learning_rate=1e-4, epochs=300, num_train_timesteps=1000, schedule="linear",
+                  prediction="epsilon", weight_decay=0.0, patch=1)  # fmt: skip
+    assert {name: getattr(settings, name) for name in report} == report
+
+
+def test_tokens_is_our_flagship():
+    settings = full("tokens")
+    denoiser = lab.make_denoiser(settings)
+    lowest = len(settings.channels) - 1
+    assert where_attention_is(denoiser) == {f"down_blocks.{lowest}", "mid_block", "up_blocks.0"}
+    crossing = [m.to_k.in_features for name, m in denoiser.named_modules() if name.endswith("attn2")]
+    assert len(crossing) >= 3 and set(crossing) == {settings.token_dim}, "attends to the objects' tokens"
+    heads = {m.heads for name, m in denoiser.unet.down_blocks[lowest].named_modules() if name.endswith("attn2")}
+    assert heads == {settings.channels[-1] // settings.head_dim}
+    assert denoiser.condition.null is not None and settings.label_dropout > 0
+    assert denoiser.unet.config.resnet_time_scale_shift == "scale_shift"
+
+
+@pytest.mark.parametrize("preset", lab.PRESETS)
+def test_the_description_counts_everything(preset):
+    denoiser = lab.make_denoiser(full(preset))
+    parts = lab.describe_denoiser(denoiser)
+    norm = count(denoiser.unet.conv_norm_out)
+    assert sum(p["parameters"] for p in parts) + norm == count(denoiser) == lab.count_parameters(denoiser)
+    by_name = {p["part"]: p for p in parts}
+    low = 64 // denoiser.config.patch // 2 ** (len(denoiser.config.channels) - 1)
+    assert by_name["middle"]["output"] == (denoiser.config.channels[-1], low, low)
+    assert by_name["input"]["output"][1] == 64 // denoiser.config.patch
+    assert [p["part"] for p in parts if p["attention"] != "none"] == [
+        f"down {len(denoiser.config.channels) - 1}", "middle", "up 0",
+    ]  # fmt: skip
+    assert not denoiser.unet.mid_block._forward_hooks, "its hooks are removed"
+
+
+def test_label_effect_is_zero_only_where_labels_are_equal():
+    settings, x_0 = tiny(), noise(4).clamp(-1, 1)
+    denoiser, alpha_bar = lab.make_denoiser(settings), lab.alphas_bar("cosine")
+    same, mixed = lab.encode_labels([["red sphere"]] * 4), torch.eye(24)[:4]
+    assert lab.label_effect(denoiser, x_0, same, 500, alpha_bar, settings) == pytest.approx(0, abs=1e-6)
+    effect = lab.label_effect(denoiser, x_0, mixed, 500, alpha_bar, settings)
+    assert math.isfinite(effect) and effect > 1e-3

@@ -1,0 +1,159 @@
+"""run_notebooks.py on small notebooks in a temporary folder: what it refuses, how it stops, what it leaves behind."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+import run_notebooks
+from run_notebooks import Refused, check_parameters, choose_notebooks, parse_value
+
+PARAMETERS = 'profile = "auto"\nseed = 0\n'
+
+
+def write_notebook(path, *sources, parameters=PARAMETERS):
+    """A notebook of a title, a parameters cell and the given code cells."""
+    cells = [nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell(parameters)]
+    cells[1].metadata["tags"] = ["parameters"]
+    cells += [nbformat.v4.new_code_cell(source) for source in sources]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder for notebooks; runs and figures stay in the same temporary place."""
+    for name in ("LAB6_RUNS", "LAB6_FIGURES"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    for name in ("LAB6_HEADLESS", "JUPYTER_PREFER_ENV_PATH", "PYTHONPATH"):  # main() sets them: put back after
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    (tmp_path / "notebooks").mkdir()
+    return tmp_path / "notebooks"
+
+
+def run(folder, *arguments):
+    return run_notebooks.main(["--profile", "tiny", "--no-report", *arguments], folder)
+
+
+def executed(folder, name=""):
+    return folder.parent / "LAB6_RUNS" / "notebooks" / "tiny" / name
+
+
+def status(folder):
+    return json.loads(executed(folder, "status.json").read_text())
+
+
+def test_choice_of_notebooks(folder):
+    for name in ("01_a", "02_b", "05_e", "06_f"):
+        write_notebook(folder / f"{name}.ipynb")
+    assert [p.stem for p in choose_notebooks(folder)] == ["01_a", "02_b", "05_e"]
+    assert [p.stem for p in choose_notebooks(folder, "06,1")] == ["01_a", "06_f"]
+    for only in ("03", "a", "1-2"):
+        with pytest.raises(Refused, match="--only"):
+            choose_notebooks(folder, only)
+
+
+def test_values_take_the_type_of_the_default():
+    assert parse_value("3", 1) == 3 and parse_value("3", "test") == "3"
+    assert parse_value("3", 1.0) == 3.0 and type(parse_value("3", 1.0)) is float
+    assert parse_value("false", True) is False and parse_value("True", False) is True
+    assert parse_value("gray cube, red cube", ["blue cube"]) == ["gray cube", "red cube"]
+    assert parse_value('["gray cube", "red cube"]', ["blue cube"]) == ["gray cube", "red cube"]
+    assert parse_value("1,2", [0.5]) == [1.0, 2.0]
+    wrong = (("x", 1), ("1.5", 1), ("true", 1), ("x", 1.0), ("true", 1.0), ("1", True), ("yes", True), ("1,x", [1]))
+    for text, default in wrong:
+        with pytest.raises((ValueError, SyntaxError)):
+            parse_value(text, default)
+
+
+def test_parameters_go_to_the_notebooks_that_have_them(folder):
+    write_notebook(folder / "01_a.ipynb", parameters=PARAMETERS + 'split = "test"  # or new_test\n')
+    write_notebook(folder / "02_b.ipynb", parameters=PARAMETERS + "scale = 2.0\nlabels = [\n    'gray cube',\n]\n")
+    first, second = paths = choose_notebooks(folder)
+    given = check_parameters(paths, ["scale=3", "seed=7", "split=a=b"])
+    assert given == {first: {"seed": 7, "split": "a=b"}, second: {"scale": 3.0, "seed": 7}}
+    with pytest.raises(Refused, match=r"(?s)did you mean scale\?.*01_a has .*02_b has"):
+        check_parameters(paths, ["scal=3"])
+    with pytest.raises(Refused, match=r"02_b wants float, such as its default 2\.0"):
+        check_parameters(paths, ["scale=big"])
+    with pytest.raises(Refused, match="use --profile"):
+        check_parameters(paths, ["profile=quick"])
+    with pytest.raises(Refused, match="write name=value"):
+        check_parameters(paths, ["seed"])
+
+
+@pytest.mark.parametrize("request_", [["-p", "sed=1"], ["-p", "seed=x"], ["--only", "07"], ["--profile", "huge"]])
+def test_refused_before_anything_runs(folder, capsys, request_):
+    write_notebook(folder / "01_a.ipynb", "open('ran', 'w')")
+    assert run(folder, *request_) == 2
+    assert capsys.readouterr().err
+    assert not (folder / "ran").exists() and not executed(folder).exists()
+
+
+def test_success(folder, capsys):
+    importable = "import importlib.util, os\nassert importlib.util.find_spec('lab6_utils')"
+    headless = "assert os.environ['LAB6_HEADLESS'] == '1'\nopen(f'{profile} {seed}', 'w')"
+    write_notebook(folder / "01_a.ipynb", importable, headless, "print('Epoch 1/2\\nquiet\\nprogress 50%')")
+    write_notebook(folder / "02_b.ipynb", "1")
+    assert run(folder, "-p", "seed=7") == 0
+    assert (folder / "tiny 7").exists(), "ran in the notebooks' folder, with its parameters"
+    assert sorted(p.name for p in executed(folder).iterdir()) == ["01_a.ipynb", "02_b.ipynb", "status.json"]
+    entry = status(folder)["01_a"]
+    assert entry["state"] == "ok" and entry["seconds"] > 0 and entry["commit"]
+    assert entry["parameters"] == {"profile": "tiny", "seed": 7}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if not line.startswith(" ")] == [
+        ["01_a", "running"], ["01_a", "ok"], ["02_b", "running"], ["02_b", "ok"],
+    ]  # fmt: skip
+    assert [line for line in lines if line.startswith(" ")] == ["  Epoch 1/2", "  progress 50%"]
+
+
+@pytest.mark.parametrize(
+    "cell, arguments, words",
+    [
+        ("x = 1\nx / 0", [], ["ZeroDivisionError: division by zero"]),
+        ("import os\nos._exit(1)", [], ["DeadKernelError"]),
+        ("import time\ntime.sleep(60)", ["--timeout", "1"], ["CellTimeoutError"]),
+        ("import sys\nsys.exit(0)", [], ["ended the kernel"]),
+    ],
+)
+def test_failure_stops_the_run_and_keeps_the_last_good_notebook(folder, capsys, cell, arguments, words):
+    first_line = cell.splitlines()[0]
+    write_notebook(folder / "01_a.ipynb", "'fine'", cell, "'not reached'")
+    write_notebook(folder / "02_b.ipynb", "open('ran', 'w')")
+    executed(folder).mkdir(parents=True)
+    executed(folder, "01_a.ipynb").write_text("the last good one")
+    assert run(folder, *arguments) == 1
+    message = capsys.readouterr().err
+    for word in [f"cell 4 of 5: {first_line}", *words]:
+        assert word in message
+    assert executed(folder, "01_a.ipynb").read_text() == "the last good one"
+    assert executed(folder, "01_a.partial.ipynb").exists()
+    assert status(folder)["01_a"]["state"] == "failed" and "02_b" not in status(folder)
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption(folder, number):
+    cell = "import os, time\nprint('progress', os.getpid(), flush=True)\ntime.sleep(60)"
+    write_notebook(folder / "01_a.ipynb", cell)
+    program = "import pathlib, run_notebooks as r, sys; sys.exit(r.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
+    command = [sys.executable, "-c", program, str(folder), "--profile", "tiny", "--no-report"]
+    process = subprocess.Popen(command, cwd=run_notebooks.ROOT, stdout=subprocess.PIPE, text=True)
+    kernel = next(int(line.split()[1]) for line in process.stdout if "progress" in line)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 130
+    process.stdout.close()
+    assert status(folder)["01_a"]["state"] == "failed"
+    assert not executed(folder, "01_a.ipynb").exists()
+    for _ in range(100):
+        try:
+            os.kill(kernel, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the kernel outlived the run")

@@ -1,0 +1,369 @@
+"""Section 5 of lab6_utils: what a training step sees, exact resume, EMA, checkpoints, the learning rate."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from conftest import make_pipeline, tiny, tiny_linear
+
+import lab6_utils as lab
+
+
+@pytest.fixture(scope="module")
+def small(synthetic):
+    """40 pictures: five steps of eight."""
+    return part_of(synthetic, 40)
+
+
+def part_of(dataset, count):
+    class Part(torch.utils.data.Dataset):
+        pixels, labels, split = dataset.pixels[:count], dataset.labels[:count], "train"
+
+        def __len__(self):
+            return count
+
+    return Part()
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def run(settings, dataset, folder, **options):
+    return list(lab.train(settings, dataset, folder, **options))
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Every tensor and number of two checkpoints is the same, bit for bit (but for what a clock says)."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {"images_per_s", "seconds_left"}:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+# ── Resuming ─────────────────────────────────────────────────────────────────────────────────────────
+
+VARIED = dict(batch_size=8, epochs=2, flip=True, warmup_steps=3, label_dropout=0.3)
+
+
+@pytest.fixture(scope="module")
+def straight(small, tmp_path_factory):
+    """Ten steps in one go: the folder of the run and its records."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, run(tiny(**VARIED), small, folder)
+
+
+def test_ten_steps_are_five_a_stop_and_five(small, straight, tmp_path):
+    first = lab.train(tiny(**VARIED), small, tmp_path)
+    pipe = next(first).pipeline
+    first.close()
+    assert len(checkpoint(tmp_path)["history"]) == 1
+    lab.sample(pipe, ["red cube"], tiny(), steps := 1, num_inference_steps=steps)  # as notebook 03 does
+    torch.manual_seed(99)  # a new process has other random numbers at hand
+    assert [r.epoch for r in run(tiny(**VARIED), small, tmp_path)] == [2]
+    state = checkpoint(tmp_path)
+    assert {"model", "ema", "optimizer", "history", "settings"} <= state.keys()
+    assert len(state["optimizer"]["state"]) == len(state["ema"]["shadow_params"]) == len(state["model"])
+    assert state["history"][-1]["step"] == 10
+    assert_same(state, checkpoint(straight[0]))
+
+
+def test_an_interruption_in_mid_epoch_loses_only_that_epoch(small, straight, tmp_path, monkeypatch):
+    whole = lab.training_batch
+
+    def interrupted(settings, dataset, scheduler, step, *rest):
+        if step == 7:
+            raise KeyboardInterrupt
+        return whole(settings, dataset, scheduler, step, *rest)
+
+    monkeypatch.setattr(lab, "training_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(**VARIED), small, tmp_path)
+    assert [r["epoch"] for r in checkpoint(tmp_path)["history"]] == [1] == [r["epoch"] for r in lab.load_history(tmp_path)]
+    monkeypatch.setattr(lab, "training_batch", whole)
+    run(tiny(**VARIED), small, tmp_path)
+    assert_same(checkpoint(tmp_path), checkpoint(straight[0]))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(small, straight, tmp_path, monkeypatch):
+    running = lab.train(tiny(**VARIED), small, tmp_path)
+    next(running)
+    whole = torch.save
+
+    def half(state, path):
+        path.write_bytes(b"half a checkpoint")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        next(running)
+    monkeypatch.setattr(torch, "save", whole)
+    assert len(checkpoint(tmp_path)["history"]) == 1
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "no temporary file is left"
+    run(tiny(**VARIED), small, tmp_path)
+    assert_same(checkpoint(tmp_path), checkpoint(straight[0]))
+
+
+def test_a_stop_while_the_pipeline_is_saved_is_made_good(small, straight, tmp_path, monkeypatch):
+    monkeypatch.setattr(lab.ICLEVRPipeline, "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(**VARIED), small, tmp_path)
+    monkeypatch.undo()
+    run(tiny(**VARIED), small, tmp_path)
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
+    assert_same(checkpoint(tmp_path), checkpoint(straight[0]))
+
+
+def test_a_finished_run_is_left_alone(small, straight):
+    folder, _ = straight
+    before = (folder / "checkpoint.pt").read_bytes()
+    assert run(tiny(**VARIED), small, folder) == []
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_more_epochs_go_on_where_the_run_stopped(small, tmp_path):
+    constant = VARIED | dict(decay_fraction=0.0)  # while the rate is constant, the length of training changes nothing
+    run(tiny(**constant | dict(epochs=1)), small, tmp_path / "a")
+    assert [r.epoch for r in run(tiny(**constant), small, tmp_path / "a")] == [2]
+    run(tiny(**constant), small, tmp_path / "b")
+    a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
+    assert a["history"][0].pop("epochs") == 1
+    b["history"][0].pop("epochs")
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize("other", [dict(learning_rate=0.5), dict(channels=[8, 8, 16]), dict(seed=7), dict(schedule="linear")])
+def test_a_run_of_other_settings_is_not_resumed(small, straight, other):
+    (name,) = other
+    there, now = getattr(tiny(**VARIED), name), getattr(tiny(**VARIED | other), name)
+    with pytest.raises(ValueError, match=re.escape(f"{name} ({there!r} there, {now!r} now)")) as error:
+        run(tiny(**VARIED | other), small, straight[0])
+    assert str(straight[0] / "checkpoint.pt") in str(error.value)
+
+
+def test_starting_afresh(small, straight, tmp_path):
+    run(tiny(**VARIED | dict(epochs=1, seed=7)), small, tmp_path)
+    assert [r.epoch for r in run(tiny(**VARIED), small, tmp_path, resume=False)] == [1, 2]
+    assert_same(checkpoint(tmp_path), checkpoint(straight[0]))
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"PK\x03\x04 cut off", None], ids=["empty", "garbage", "cut", "other"])
+def test_a_damaged_checkpoint_is_named(small, tmp_path, content):
+    file = tmp_path / "checkpoint.pt"
+    torch.save({"settings": 3}, file) if content is None else file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: not a checkpoint .* delete it to start afresh"):
+        run(tiny(), small, tmp_path)
+
+
+# ── What a run leaves behind ─────────────────────────────────────────────────────────────────────────
+
+
+def test_records_and_history(straight):
+    folder, records = straight
+    history = lab.load_history(folder)
+    assert [r.epoch for r in records] == [1, 2] and [r.step for r in records] == [5, 10]
+    assert [r.images_seen for r in records] == [40, 80]
+    fields = lambda record: {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "pipeline"}
+    assert history == [fields(r) for r in records] == checkpoint(folder)["history"]
+    assert all(r.loss > 0 and r.images_per_s > 0 for r in records) and records[-1].seconds_left == 0
+    assert re.fullmatch(r"epoch 2/2  loss \d\.\d{4}  \d+ images/s  0 s left", str(records[-1]))
+    assert lab.load_history(folder / "nothing") == []
+
+
+def test_tensorboard_shows_every_epoch_of_a_resumed_run(small, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for epochs in (1, 2, 3):
+        run(tiny(batch_size=40, epochs=epochs), small, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    history = lab.load_history(tmp_path)
+    for name in ("loss", "learning_rate", "images_per_s"):
+        points = {event.step: event.value for event in events.Scalars(name)}
+        assert points == {r["step"]: pytest.approx(r[name]) for r in history}
+
+
+def test_the_saved_pipeline_holds_the_average(small, straight):
+    folder, records = straight
+    averaged, state = lab.ICLEVRPipeline.from_pretrained(folder / "pipeline").denoiser, checkpoint(folder)
+    names = [name for name, _ in averaged.named_parameters()]
+    assert not averaged.training
+    for name, shadow in zip(names, state["ema"]["shadow_params"], strict=True):
+        assert torch.equal(averaged.get_parameter(name), shadow)
+        assert torch.equal(records[-1].pipeline.denoiser.get_parameter(name), shadow)
+    raw = torch.cat([state["model"][name].flatten() for name in names])
+    mean = torch.nn.utils.parameters_to_vector(averaged.parameters())
+    assert (raw - mean).abs().max() > 1e-5, "the average lags behind the raw weights"
+
+
+def test_the_average_warms_up(small, tmp_path):
+    """shadow <- d * shadow + (1 - d) * weights with d = min(0.999, 1 - (1 + n)^(-3/4)), n steps after the first."""
+    settings = tiny(batch_size=40, epochs=4)  # one step an epoch, so that the weights after each step are seen
+    shadow, name = None, "unet.conv_in.weight"
+    for n, record in enumerate(lab.train(settings, small, tmp_path)):
+        decay = min(0.999, 1 - (1 + n) ** -0.75)
+        weights = checkpoint(tmp_path)["model"][name].clone()
+        shadow = weights if shadow is None else decay * shadow + (1 - decay) * weights
+        torch.testing.assert_close(record.pipeline.denoiser.get_parameter(name).data, shadow, rtol=1e-5, atol=1e-7)
+    start = lab.make_denoiser(settings).get_parameter(name)
+    assert not torch.equal(shadow, weights) and (weights - start).abs().max() > 1e-4
+
+
+def test_the_yielded_pipeline_does_not_train_on(small, tmp_path):
+    running = lab.train(tiny(batch_size=40, epochs=2), small, tmp_path)
+    denoiser = next(running).pipeline.denoiser
+    before = torch.nn.utils.parameters_to_vector(denoiser.parameters()).clone()
+    next(running)
+    assert torch.equal(before, torch.nn.utils.parameters_to_vector(denoiser.parameters()))
+    assert not any(p.requires_grad for p in denoiser.parameters())
+
+
+def test_nothing_to_train_on(synthetic, tmp_path):
+    with pytest.raises(ValueError, match="no images to train on: the split 'train'"):
+        run(tiny(), part_of(synthetic, 0), tmp_path)
+
+
+# ── Learning ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("make", [tiny, tiny_linear], ids=["tokens", "linear"])
+def test_the_loss_falls_on_a_few_pictures(synthetic, tmp_path, make):
+    settings = make(batch_size=4, epochs=120, learning_rate=3e-3, warmup_steps=5)
+    flat = part_of(synthetic, 4)
+    flat.pixels = flat.pixels[:, :, :1, :1].expand(-1, -1, 64, 64).contiguous()  # four plain colours
+    losses = [r.loss for r in run(settings, flat, tmp_path)]
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+
+
+def test_bf16_trains_float32_weights(small, tmp_path):
+    (record,) = run(tiny(precision="bf16", batch_size=8, epochs=1), small, tmp_path / "bf16")
+    (exact,) = run(tiny(precision="fp32", batch_size=8, epochs=1), small, tmp_path / "fp32")
+    assert record.loss == pytest.approx(exact.loss, rel=0.05) and record.loss != exact.loss
+    assert {v.dtype for v in checkpoint(tmp_path / "bf16")["model"].values()} == {torch.float32}
+
+
+def test_learning_rate_by_hand():
+    settings = tiny(learning_rate=1.0, warmup_steps=10, decay_fraction=0.25)
+    rate = lambda step: lab.learning_rate(settings, step, 100)
+    assert [rate(s) for s in (0, 4, 9, 10, 50, 75)] == pytest.approx([0.1, 0.5, 1, 1, 1, 1])
+    assert [rate(s) for s in (80, 90, 99)] == pytest.approx([20 / 25, 10 / 25, 1 / 25])
+    constant = tiny(learning_rate=1.0, warmup_steps=0, decay_fraction=0.0)
+    assert [lab.learning_rate(constant, s, 100) for s in (0, 50, 99)] == [1, 1, 1]
+
+
+def test_the_optimiser_has_the_learning_rate(straight):
+    folder, records = straight
+    settings = tiny(**VARIED)
+    assert checkpoint(folder)["optimizer"]["param_groups"][0]["lr"] == lab.learning_rate(settings, 9, 10)
+    assert [r.learning_rate for r in records] == [lab.learning_rate(settings, s, 10) for s in (4, 9)]
+
+
+# ── What a step sees ─────────────────────────────────────────────────────────────────────────────────
+
+
+def batches(settings, dataset, count):
+    scheduler = lab.make_scheduler(settings)
+    return [lab.training_batch(settings, dataset, scheduler, step) for step in range(count)]
+
+
+def test_time_steps_span_the_whole_range(small):
+    settings = tiny(num_train_timesteps=50, batch_size=40)
+    times = torch.stack([b["t"] for b in batches(settings, small, 100)])
+    counts = torch.bincount(times.flatten(), minlength=50)
+    assert len(counts) == 50 and counts.min() > 40 and counts.max() < 130, "4,000 draws, 80 of each"
+    assert len(set(times[0].tolist())) > 10, "each picture has its own"
+    long = torch.cat([b["t"] for b in batches(tiny(batch_size=40), small, 200)])
+    assert long.min() < 5 and 994 < long.max() <= 999
+
+
+def test_labels_are_dropped_at_their_rate(small):
+    share = lambda rate: torch.cat([b["null"] for b in batches(tiny(label_dropout=rate, batch_size=40), small, 50)])
+    assert share(0.3).float().mean().item() == pytest.approx(0.3, abs=0.04)
+    assert not share(0.0).any()
+
+
+def test_each_picture_keeps_its_labels_and_comes_once_an_epoch(small):
+    for flip in (False, True):
+        rows, mirrored = [], 0
+        for batch in batches(tiny(batch_size=8, flip=flip), small, 10):
+            for image, labels in zip(lab.to_uint8(batch["x_0"]), batch["labels"], strict=True):
+                same = [(small.pixels == x).flatten(1).all(1) for x in (image, image.flip(2))]
+                mirrored += int(same[1].any())
+                (row,) = (same[0] | same[1]).nonzero().flatten().tolist()
+                assert torch.equal(labels, small.labels[row])
+                rows.append(row)
+        assert sorted(rows[:40]) == sorted(rows[40:]) == list(range(40)), "all pictures in each epoch"
+        assert rows[:40] != rows[40:] and rows[:40] != sorted(rows[:40]), "in a new order"
+        assert 25 < mirrored < 55 if flip else mirrored == 0
+
+
+def test_targets_and_noise_are_the_closed_forms(small):
+    settings = tiny(batch_size=40)
+    a = lab.alphas_bar("cosine").float()
+    for kind in ("epsilon", "v_prediction", "sample"):
+        b = batches(tiny(batch_size=40, prediction=kind), small, 1)[0]
+        signal, spread = a[b["t"]].sqrt().view(-1, 1, 1, 1), (1 - a[b["t"]]).sqrt().view(-1, 1, 1, 1)
+        target = {"epsilon": b["eps"], "v_prediction": signal * b["eps"] - spread * b["x_0"], "sample": b["x_0"]}
+        torch.testing.assert_close(b["target"], target[kind], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(b["x_t"], signal * b["x_0"] + spread * b["eps"], rtol=1e-4, atol=1e-4)
+    eps = torch.cat([b["eps"] for b in batches(settings, small, 3)])
+    assert eps.mean().abs() < 0.01 and eps.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_the_loss_is_the_mean_squared_error_of_the_target(small, tmp_path):
+    settings = tiny(batch_size=40, epochs=1)
+    (batch,), denoiser = batches(settings, small, 1), lab.make_denoiser(settings)
+    with torch.no_grad():
+        guess = denoiser(batch["x_t"], batch["t"], batch["labels"], batch["null"])
+    assert run(settings, small, tmp_path)[0].loss == pytest.approx((guess - batch["target"]).pow(2).mean().item(), rel=1e-5)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(small):
+    settings, scheduler = tiny(), lab.make_scheduler(tiny())
+    torch.manual_seed(1)
+    one = lab.training_batch(settings, small, scheduler, 3)
+    torch.manual_seed(2)
+    assert_same(one, lab.training_batch(settings, small, scheduler, 3))
+    for other in (lab.training_batch(settings, small, scheduler, 4), lab.training_batch(tiny(seed=1), small, scheduler, 3)):
+        assert not torch.equal(one["eps"], other["eps"]) and not torch.equal(one["t"], other["t"])
+
+
+def test_processes_share_one_batch(small):
+    settings, scheduler = tiny(), lab.make_scheduler(tiny())
+    whole = lab.training_batch(settings, small, scheduler, 2)
+    halves = [lab.training_batch(settings, small, scheduler, 2, (rank, 2)) for rank in range(2)]
+    assert_same(whole, {name: torch.cat([h[name] for h in halves]) for name in whole})
+
+
+def test_history_is_plain_json(straight):
+    text = (straight[0] / "history.json").read_text()
+    assert json.loads(text) == lab.load_history(straight[0]) and "NaN" not in text
+
+
+def test_seconds_are_written_out():
+    assert [lab.format_seconds(s) for s in (7.4, 75, 3600, 3725)] == ["7 s", "1 min 15 s", "1 h 00 min", "1 h 02 min"]
+
+
+def test_sampling_from_a_trained_folder(small, runs):
+    settings = tiny(batch_size=8, epochs=1)
+    with pytest.raises(FileNotFoundError, match="run notebook 03_model_and_training with profile='tiny'"):
+        lab.load_pipeline(settings)
+    (record,) = run(settings, small, lab.run_folder(settings))
+    pipe = lab.load_pipeline(settings)
+    assert runs in lab.run_folder(settings).parents
+    assert pipe.images_seen == 40 and re.fullmatch("[0-9a-f]{16}", pipe.weights_sha256)
+    record.pipeline.scheduler = lab.make_sampler("ddim", record.pipeline.scheduler)
+    expected = lab.sample(record.pipeline, ["red cube"], settings, guidance_scale=1.0)
+    assert torch.equal(lab.sample(pipe, ["red cube"], settings, guidance_scale=1.0), expected)
+    assert not torch.equal(lab.sample(make_pipeline(settings), ["red cube"], settings, guidance_scale=1.0), expected)
+    elsewhere = lab.load_pipeline(settings, str(lab.run_folder(settings) / "pipeline"))
+    assert elsewhere.weights_sha256 == pipe.weights_sha256
