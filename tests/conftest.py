@@ -50,7 +50,10 @@ def iclevr(tmp_path_factory):
         pytest.skip(f"needs the real i-CLEVR images: no unpack.py in {REAL} (LAB6_TEST_ICLEVR names another folder)")
     wanted = {f"CLEVR_train_{scene:06d}" for scene in (*TRAIN_SCENES, *HELD_OUT_SCENES)}
     source, folder = tmp_path_factory.mktemp("packed"), tmp_path_factory.mktemp("iclevr")
-    with zipfile.ZipFile(REAL / "iclevr64_scenes.zip") as whole, zipfile.ZipFile(source / "iclevr64_scenes.zip", "w") as part:
+    with (
+        zipfile.ZipFile(REAL / "iclevr64_scenes.zip") as whole,
+        zipfile.ZipFile(source / "iclevr64_scenes.zip", "w") as part,
+    ):
         for name in whole.namelist():
             if Path(name).stem in wanted:
                 part.writestr(name, whole.read(name))

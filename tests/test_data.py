@@ -395,7 +395,10 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path, runs, monkeypatch):
         member = archive.getinfo("iclevr/CLEVR_train_000001_1.png")
     content = bytearray(file.read_bytes())
     start = member.header_offset + 30 + len(member.filename)
-    for damage in (slice(start, start + 8), slice(start + 500, start + 508)):  # where it is unpacked, where it is checked
+    for damage in (
+        slice(start, start + 8),
+        slice(start + 500, start + 508),
+    ):  # where it is unpacked, where it is checked
         broken = bytearray(content)
         broken[damage] = b"\xff" * 8
         file.write_bytes(broken)

@@ -68,7 +68,7 @@ def test_ten_steps_are_five_a_stop_and_five(small, straight, tmp_path):
     pipe = next(first).pipeline
     first.close()
     assert len(checkpoint(tmp_path)["history"]) == 1
-    lab.sample(pipe, ["red cube"], tiny(), steps := 1, num_inference_steps=steps)  # as notebook 03 does
+    lab.sample(pipe, ["red cube"], tiny(), num_inference_steps=2)  # as notebook 03 does
     torch.manual_seed(99)  # a new process has other random numbers at hand
     assert [r.epoch for r in run(tiny(**VARIED), small, tmp_path)] == [2]
     state = checkpoint(tmp_path)
@@ -89,7 +89,9 @@ def test_an_interruption_in_mid_epoch_loses_only_that_epoch(small, straight, tmp
     monkeypatch.setattr(lab, "training_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tiny(**VARIED), small, tmp_path)
-    assert [r["epoch"] for r in checkpoint(tmp_path)["history"]] == [1] == [r["epoch"] for r in lab.load_history(tmp_path)]
+    assert (
+        [r["epoch"] for r in checkpoint(tmp_path)["history"]] == [1] == [r["epoch"] for r in lab.load_history(tmp_path)]
+    )
     monkeypatch.setattr(lab, "training_batch", whole)
     run(tiny(**VARIED), small, tmp_path)
     assert_same(checkpoint(tmp_path), checkpoint(straight[0]))
@@ -142,7 +144,9 @@ def test_more_epochs_go_on_where_the_run_stopped(small, tmp_path):
     assert_same(a, b)
 
 
-@pytest.mark.parametrize("other", [dict(learning_rate=0.5), dict(channels=[8, 8, 16]), dict(seed=7), dict(schedule="linear")])
+@pytest.mark.parametrize(
+    "other", [dict(learning_rate=0.5), dict(channels=[8, 8, 16]), dict(seed=7), dict(schedule="linear")]
+)
 def test_a_run_of_other_settings_is_not_resumed(small, straight, other):
     (name,) = other
     there, now = getattr(tiny(**VARIED), name), getattr(tiny(**VARIED | other), name)
@@ -157,7 +161,9 @@ def test_starting_afresh(small, straight, tmp_path):
     assert_same(checkpoint(tmp_path), checkpoint(straight[0]))
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"PK\x03\x04 cut off", None], ids=["empty", "garbage", "cut", "other"])
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage" * 100, b"PK\x03\x04 cut off", None], ids=["empty", "garbage", "cut", "other"]
+)
 def test_a_damaged_checkpoint_is_named(small, tmp_path, content):
     file = tmp_path / "checkpoint.pt"
     torch.save({"settings": 3}, file) if content is None else file.write_bytes(content)
@@ -173,7 +179,9 @@ def test_records_and_history(straight):
     history = lab.load_history(folder)
     assert [r.epoch for r in records] == [1, 2] and [r.step for r in records] == [5, 10]
     assert [r.images_seen for r in records] == [40, 80]
-    fields = lambda record: {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "pipeline"}
+    fields = lambda record: {
+        f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "pipeline"
+    }
     assert history == [fields(r) for r in records] == checkpoint(folder)["history"]
     assert all(r.loss > 0 and r.images_per_s > 0 for r in records) and records[-1].seconds_left == 0
     assert re.fullmatch(r"epoch 2/2  loss \d\.\d{4}  \d+ images/s  0 s left", str(records[-1]))
@@ -200,9 +208,8 @@ def test_the_saved_pipeline_holds_the_average(small, straight):
     for name, shadow in zip(names, state["ema"]["shadow_params"], strict=True):
         assert torch.equal(averaged.get_parameter(name), shadow)
         assert torch.equal(records[-1].pipeline.denoiser.get_parameter(name), shadow)
-    raw = torch.cat([state["model"][name].flatten() for name in names])
-    mean = torch.nn.utils.parameters_to_vector(averaged.parameters())
-    assert (raw - mean).abs().max() > 1e-5, "the average lags behind the raw weights"
+    lag = max((state["model"][name] - p).abs().max() for name, p in averaged.named_parameters())
+    assert lag > 1e-5, "the average lags behind the raw weights"
 
 
 def test_the_average_warms_up(small, tmp_path):
@@ -221,9 +228,9 @@ def test_the_average_warms_up(small, tmp_path):
 def test_the_yielded_pipeline_does_not_train_on(small, tmp_path):
     running = lab.train(tiny(batch_size=40, epochs=2), small, tmp_path)
     denoiser = next(running).pipeline.denoiser
-    before = torch.nn.utils.parameters_to_vector(denoiser.parameters()).clone()
+    before = {name: p.clone() for name, p in denoiser.named_parameters()}
     next(running)
-    assert torch.equal(before, torch.nn.utils.parameters_to_vector(denoiser.parameters()))
+    assert all(torch.equal(before[name], p) for name, p in denoiser.named_parameters())
     assert not any(p.requires_grad for p in denoiser.parameters())
 
 
@@ -237,11 +244,12 @@ def test_nothing_to_train_on(synthetic, tmp_path):
 
 @pytest.mark.parametrize("make", [tiny, tiny_linear], ids=["tokens", "linear"])
 def test_the_loss_falls_on_a_few_pictures(synthetic, tmp_path, make):
-    settings = make(batch_size=4, epochs=120, learning_rate=3e-3, warmup_steps=5)
-    flat = part_of(synthetic, 4)
-    flat.pixels = flat.pixels[:, :, :1, :1].expand(-1, -1, 64, 64).contiguous()  # four plain colours
+    settings = make(batch_size=4, epochs=4, learning_rate=3e-3, warmup_steps=5, prediction="sample")
+    flat = part_of(synthetic, 120)
+    flat.pixels = synthetic.pixels[:4, :, :1, :1].expand(-1, -1, 64, 64).repeat(30, 1, 1, 1)  # four plain colours
+    flat.labels = synthetic.labels[:4].repeat(30, 1)
     losses = [r.loss for r in run(settings, flat, tmp_path)]
-    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+    assert losses[-1] < 0.4 * losses[0], losses
 
 
 def test_bf16_trains_float32_weights(small, tmp_path):
@@ -276,17 +284,20 @@ def batches(settings, dataset, count):
 
 
 def test_time_steps_span_the_whole_range(small):
-    settings = tiny(num_train_timesteps=50, batch_size=40)
-    times = torch.stack([b["t"] for b in batches(settings, small, 100)])
+    corner = part_of(small, 40)
+    corner.pixels = corner.pixels[:, :, :2, :2]  # less noise to draw
+    times = torch.stack([b["t"] for b in batches(tiny(num_train_timesteps=50, batch_size=40), corner, 100)])
     counts = torch.bincount(times.flatten(), minlength=50)
     assert len(counts) == 50 and counts.min() > 40 and counts.max() < 130, "4,000 draws, 80 of each"
     assert len(set(times[0].tolist())) > 10, "each picture has its own"
-    long = torch.cat([b["t"] for b in batches(tiny(batch_size=40), small, 200)])
+    long = torch.cat([b["t"] for b in batches(tiny(batch_size=40), corner, 200)])
     assert long.min() < 5 and 994 < long.max() <= 999
 
 
 def test_labels_are_dropped_at_their_rate(small):
-    share = lambda rate: torch.cat([b["null"] for b in batches(tiny(label_dropout=rate, batch_size=40), small, 50)])
+    corner = part_of(small, 40)
+    corner.pixels = corner.pixels[:, :, :2, :2]
+    share = lambda rate: torch.cat([b["null"] for b in batches(tiny(label_dropout=rate, batch_size=40), corner, 50)])
     assert share(0.3).float().mean().item() == pytest.approx(0.3, abs=0.04)
     assert not share(0.0).any()
 
@@ -324,7 +335,9 @@ def test_the_loss_is_the_mean_squared_error_of_the_target(small, tmp_path):
     (batch,), denoiser = batches(settings, small, 1), lab.make_denoiser(settings)
     with torch.no_grad():
         guess = denoiser(batch["x_t"], batch["t"], batch["labels"], batch["null"])
-    assert run(settings, small, tmp_path)[0].loss == pytest.approx((guess - batch["target"]).pow(2).mean().item(), rel=1e-5)
+    assert run(settings, small, tmp_path)[0].loss == pytest.approx(
+        (guess - batch["target"]).pow(2).mean().item(), rel=1e-5
+    )
 
 
 def test_a_batch_depends_on_seed_and_step_alone(small):
@@ -333,7 +346,10 @@ def test_a_batch_depends_on_seed_and_step_alone(small):
     one = lab.training_batch(settings, small, scheduler, 3)
     torch.manual_seed(2)
     assert_same(one, lab.training_batch(settings, small, scheduler, 3))
-    for other in (lab.training_batch(settings, small, scheduler, 4), lab.training_batch(tiny(seed=1), small, scheduler, 3)):
+    for other in (
+        lab.training_batch(settings, small, scheduler, 4),
+        lab.training_batch(tiny(seed=1), small, scheduler, 3),
+    ):
         assert not torch.equal(one["eps"], other["eps"]) and not torch.equal(one["t"], other["t"])
 
 
@@ -363,7 +379,10 @@ def test_sampling_from_a_trained_folder(small, runs):
     assert pipe.images_seen == 40 and re.fullmatch("[0-9a-f]{16}", pipe.weights_sha256)
     record.pipeline.scheduler = lab.make_sampler("ddim", record.pipeline.scheduler)
     expected = lab.sample(record.pipeline, ["red cube"], settings, guidance_scale=1.0)
-    assert torch.equal(lab.sample(pipe, ["red cube"], settings, guidance_scale=1.0), expected)
-    assert not torch.equal(lab.sample(make_pipeline(settings), ["red cube"], settings, guidance_scale=1.0), expected)
+    torch.testing.assert_close(
+        lab.sample(pipe, ["red cube"], settings, guidance_scale=1.0), expected, rtol=0, atol=1e-4
+    )
+    untrained = lab.sample(make_pipeline(settings), ["red cube"], settings, guidance_scale=1.0)
+    assert (untrained - expected).abs().max() > 0.01
     elsewhere = lab.load_pipeline(settings, str(lab.run_folder(settings) / "pipeline"))
     assert elsewhere.weights_sha256 == pipe.weights_sha256
