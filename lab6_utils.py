@@ -920,7 +920,8 @@ def training_batch(settings: Settings, dataset: ICLEVRDataset, scheduler, step: 
     x_0 = to_float(dataset.pixels[rows].to(device))
     # One random offset spreads the times evenly over the batch: less noise in the loss (Kingma et al. 2021, app. I).
     spread = (torch.arange(size, device=device) + torch.rand((), generator=g, device=device)) / size
-    t = (spread * settings.num_train_timesteps).long()[torch.randperm(size, generator=g, device=device)]
+    t = (spread * settings.num_train_timesteps).long().clamp(max=settings.num_train_timesteps - 1)
+    t = t[torch.randperm(size, generator=g, device=device)]
     eps = torch.randn(x_0.shape, generator=g, device=device)
     null = torch.rand(size, generator=g, device=device) < settings.label_dropout
     mirrored = torch.rand(size, generator=g, device=device) < 0.5 * settings.flip
@@ -1180,6 +1181,7 @@ def load_pipeline(settings: Settings, weights: str = "auto") -> ICLEVRPipeline:
         )
     diffusers_logging.disable_progress_bar()  # of loading two files
     pipe = ICLEVRPipeline.from_pretrained(folder, local_files_only=True).to(settings.device)
+    pipe.set_progress_bar_config(disable=headless())
     pipe.denoiser.to(memory_format=torch.channels_last)
     pipe.scheduler = make_sampler(settings.sampler, pipe.scheduler)
     pipe.weights_sha256 = sha256_of(folder / "denoiser" / "diffusion_pytorch_model.safetensors")

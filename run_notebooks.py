@@ -314,7 +314,7 @@ def make_html(settings, notebooks):
         raise Refused(f"no executed notebooks in {folder}: run them first")
     status = read_json(folder / "status.json")
     runs = {path.stem: status.get(path.stem, {}) for path in paths}
-    grids = sorted(figures.glob("*grid*.png"), key=lambda path: ("test" not in path.stem, path.stem))
+    grids = sorted(figures.glob("*grid*.png"), key=lambda path: ("test" not in path.stem, len(path.stem)))
     front = {
         "student": list(filter(None, map(os.environ.get, ("LAB6_STUDENT_ID", "LAB6_STUDENT_NAME")))),
         "profile": settings.profile,
@@ -364,7 +364,7 @@ def report(settings, notebooks=NOTEBOOKS):
     page = make_html(settings, notebooks).resolve()
     advice = "no report.pdf made: no working Chrome, Chromium or Edge found. Install one (Debian: apt install chromium "
     advice += "fonts-noto-cjk), then say python run_notebooks.py --report; or print report.html from any browser."
-    print(f"report  {page}\n{make_pdf(page) or advice}")
+    print(f"report  {page}", make_pdf(page) or advice, sep="\nreport  ")
 
 
 # ── Command line ───────────────────────────────────────────────────────────────────────────────────────

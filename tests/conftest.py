@@ -1,4 +1,4 @@
-"""What the tests share: a place of their own for every file, a few real images, and synthetic data in the course's layout."""
+"""What the tests share: folders of their own, a few real images, synthetic data in the course's layout."""
 
 import importlib.util
 import io
@@ -26,7 +26,7 @@ HELD_OUT_SCENES = range(5500, 5510)
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory):
-    """Runs, figures and data in temporary folders, whatever the caller's environment says; the repository stays as it is."""
+    """Runs, figures and data in temporary folders, whatever the caller's environment says."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAB6_HEADLESS", "1")

@@ -190,7 +190,7 @@ def test_missing_files_are_all_named(tmp_path, monkeypatch):
 
 def test_only_the_missing_file_is_named(data):
     (data / "new_test.json").unlink()
-    with pytest.raises(FileNotFoundError, match="No i-CLEVR data: new_test.json not found"):
+    with pytest.raises(FileNotFoundError, match=r"No i-CLEVR data: new_test\.json not found"):
         lab.find_data()
 
 

@@ -1,4 +1,4 @@
-"""Section 3 of lab6_utils: noise schedules against closed forms and diffusers, q(x_t | x_0), schedulers and samplers."""
+"""Section 3 of lab6_utils: noise schedules against closed forms and diffusers, q(x_t | x_0), samplers."""
 
 import math
 

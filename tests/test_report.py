@@ -39,9 +39,10 @@ def executed_notebooks():
     table = new_output("display_data", {"text/html": f"<table border=1>{rows}</table>", "text/plain": "TEXT TWIN"})
     epochs = new_output("stream", name="stdout", text="".join(f"epoch {i}\n" for i in range(1, 51)) + "progress 3\n")
     warning = new_output("stream", name="stderr", text="WARNING SHOWN")
+    bar = new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "BAR SHOWN"})
     first = [
         new_markdown_cell("# 1 · First chapter\n\nIt costs \\$5; `a $ in code`; see [the next](02_second.ipynb)."),
-        new_code_cell("HIDDEN = 'input'", outputs=[png, warning, epochs]),
+        new_code_cell("HIDDEN = 'input'", outputs=[png, bar, warning, epochs]),
         new_code_cell("1", outputs=[new_output("stream", text="SLIDER SHOWN")], metadata={"tags": ["interactive"]}),
         new_markdown_cell("## SOLUTIONS SHOWN", metadata={"tags": ["solution"]}),
         new_code_cell("2", outputs=[new_output("stream", text="LEFT OUT SHOWN")], metadata={"tags": ["no-report"]}),
@@ -68,7 +69,7 @@ def made(tmp_path_factory):
     (folder / "status.json").write_text(json.dumps({"01_first": run}))
     record = {"system": "tokens", "evaluator": "resnet18", "split": "new_test", "sampler": "ddim", "steps": 20,
               "guidance": {"kind": "classifier-free", "scale": 2.0}, "seeds": 16, "accuracy": 0.9312,
-              "ci95_seeds": [0.9204, 0.9419]}  # fmt: skip
+              "ci95_seeds": [0.9204, 0.9419], "ci95_sets": [0.89, 0.96]}  # fmt: skip
     real = record | {"split": "real-held-out", "sampler": None, "steps": None, "guidance": None, "ci95_seeds": None}
     (settings.figures / "results.json").write_text(json.dumps({"schema": 1, "results": [record, real]}))
     (settings.figures / "04_grid_test.png").write_bytes(base64.b64decode(picture(1)))
@@ -101,14 +102,15 @@ def test_html_loads_nothing(made):
 
 def test_html_leaves_out_what_is_tagged(made):
     html = made[1]
-    assert not re.search("HIDDEN|SLIDER SHOWN|SOLUTIONS SHOWN|LEFT OUT SHOWN|WARNING SHOWN|TEXT TWIN|progress 3", html)
+    assert not re.search("HIDDEN|[A-Z]+ SHOWN|TEXT TWIN|progress 3", html)
     assert "epoch 1\n" in html and "epoch 50" in html and "epoch 25" not in html
 
 
 def test_html_front_page(made):
     front = made[1].split("<main>")[0]
-    for words in ("312550000 · 王小明", "tiny", "course files", "cpu", "abcdef0123", "2026-01-02", "03_third",
-                  "new_test", "classifier-free, s = 2.0", "0.931", "0.920–0.942", "real-held-out"):  # fmt: skip
+    for words in ("312550000 · 王小明", "tiny", "course files", "cpu", "abcdef0123", "2026-01-02",
+                  "03_third", "new_test", "classifier-free, s = 2.0", "0.931", "0.920–0.942", "0.890–0.960",
+                  "real-held-out"):  # fmt: skip
         assert words in front, words
     anchors = re.findall(r'href="#([^"]+)"', made[1])
     assert len(anchors) >= 8 and all(f'id="{anchor}"' in made[1] for anchor in anchors)
@@ -138,8 +140,8 @@ def test_pdf_pages(pdf):
     pages, sizes = pdf
     pages = [unicodedata.normalize("NFKC", page) for page in pages]  # some signs come back as their radicals
     text = "\n".join(pages)
-    assert len(pages) >= 5
-    assert "王小明" in pages[0] and "Results" in pages[0] and "Contents" in pages[0]
+    assert len(pages) >= 6
+    assert "王小明" in pages[0] and "Results" in pages[0] and "Contents" in pages[1]
     for title in ("1 · First chapter", "2 · Second chapter"):
         starts = [i for i, page in enumerate(pages, 1) if page.startswith(f"{i}\n{title}")]
         assert len(starts) == 1, f"{title} begins a page, which has its number"

@@ -1,0 +1,253 @@
+"""The notebooks: their anatomy as stored, and one run of all of them in the tiny profile on a few real images."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import lab6_utils as lab
+
+PATHS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+NAMES = [
+    "01_data_exploration",
+    "02_forward_noise",
+    "03_model_and_training",
+    "04_sampling_and_guidance",
+    "05_evaluation",
+]
+TAGS = {"parameters", "interactive", "exercise", "solution", "no-report"}
+
+
+def test_the_five_notebooks_are_there():
+    assert [path.stem for path in PATHS][:5] == NAMES
+
+
+# ── As stored ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module", params=PATHS, ids=lambda path: path.stem)
+def stored(request):
+    notebook = nbformat.read(request.param, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+def code_of(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def headings(notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    return re.findall(r"^(#+) (.+)$", text, re.MULTILINE)
+
+
+def test_stored_without_outputs(stored):
+    assert all(not cell.outputs and cell.execution_count is None for cell in code_of(stored))
+    assert stored.metadata.kernelspec.name == "python3" and stored.metadata.language_info.name == "python"
+    assert "widgets" not in stored.metadata and all(cell.get("id") for cell in stored.cells)
+    assert not any("execution" in cell.metadata or "papermill" in cell.metadata for cell in stored.cells)
+
+
+def test_parameters_are_plain_values(stored):
+    (cell,) = [cell for cell in stored.cells if "parameters" in tags(cell)]
+    assert cell is code_of(stored)[0], "the first code cell"
+    values = {}
+    for line in ast.parse(cell.source).body:
+        assert isinstance(line, ast.Assign) and len(line.targets) == 1
+        values[line.targets[0].id] = ast.literal_eval(line.value)  # raises for anything but a literal
+    assert values["profile"] == "auto" and values["seed"] == 0
+    settings = code_of(stored)[1].source
+    assert "make_settings(" in settings and "lab6_utils" in settings, "the next cell makes settings of them"
+    rest = "\n".join(cell.source for cell in code_of(stored)[1:])
+    assert [name for name in values if not re.search(rf"\b{name}\b", rest)] == [], "parameters that do nothing"
+
+
+def test_anatomy(stored):
+    first = stored.cells[0]
+    assert first.cell_type == "markdown" and re.match(r"# \d · \w", first.source)
+    assert re.search(r"\?", first.source), "it begins with a question"
+    found = headings(stored)
+    assert [level for level, _ in found].count("#") == 1
+    names = [text for _, text in found]
+    assert {"What we learned", "Exercises", "Solutions"} <= set(names) and len(names) >= 6
+    assert names.index("What we learned") < names.index("Exercises") < names.index("Solutions") == len(names) - 1
+    assert {tag for cell in stored.cells for tag in tags(cell)} <= TAGS
+    assert any("exercise" in tags(cell) for cell in stored.cells)
+    (start,) = [i for i, cell in enumerate(stored.cells) if cell.source.startswith("## Solutions")]
+    assert all("solution" in tags(cell) for cell in stored.cells[start:]) and start < len(stored.cells) - 1
+    assert not any("solution" in tags(cell) for cell in stored.cells[:start])
+
+
+def test_cells_are_short_and_thin(stored):
+    lengths = [len(cell.source.splitlines()) for cell in code_of(stored)]
+    assert sum(n <= 15 for n in lengths) >= 0.9 * len(lengths), sorted(lengths)[-5:]
+    assert max(lengths) <= 30
+    for cell in code_of(stored):
+        tree = list(ast.walk(ast.parse(cell.source)))
+        assert not any(isinstance(node, ast.ClassDef) for node in tree), "classes belong into lab6_utils.py"
+        calls = {node.func.attr for node in tree if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
+        assert "backward" not in calls, "training loops belong into lab6_utils.py"
+
+
+# ── As run ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Run:
+    """One run of the notebooks by run_notebooks.py."""
+
+    def __init__(self, home, iclevr):
+        self.runs, self.figures = home / "runs", home / "runs" / "tiny" / "figures"
+        environment = os.environ | dict(
+            LAB6_DATA=str(iclevr), LAB6_RUNS=str(self.runs), LAB6_FIGURES=str(home / "figures")
+        )
+        command = [sys.executable, str(ROOT / "run_notebooks.py"), "--profile", "tiny", "--timeout", "300"]
+        self.before, start = repository(), time.time()
+        done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
+        self.code, self.out, self.err, self.seconds = done.returncode, done.stdout, done.stderr, time.time() - start
+        self.after, self.home = repository(), home
+        self.folder = self.runs / "notebooks" / "tiny"
+
+    def notebook(self, name):
+        return nbformat.read(self.folder / f"{name}.ipynb", as_version=4)
+
+
+def repository():
+    """Names of the files that a run might leave in the repository."""
+    return {str(p) for folder in ("notebooks", "figures") for p in (ROOT / folder).rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def run(iclevr, tmp_path_factory):
+    done = Run(tmp_path_factory.mktemp("notebooks"), iclevr)
+    assert done.code == 0, f"{done.out}\n{done.err}"
+    return done
+
+
+def test_all_ran_in_order_within_minutes(run):
+    ran = re.findall(r"^(\d\d_\w+) +ok", run.out, re.MULTILINE)
+    assert ran == NAMES
+    assert sorted(p.name for p in run.folder.iterdir()) == [*(f"{n}.ipynb" for n in NAMES), "status.json"]
+    status = json.loads((run.folder / "status.json").read_text())
+    assert all(status[name]["state"] == "ok" and status[name]["parameters"]["profile"] == "tiny" for name in NAMES)
+
+
+def test_nothing_was_written_elsewhere(run):
+    assert run.after == run.before, "the repository's notebooks and figures stay as they are"
+    assert [p.name for p in run.home.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_ran_to_its_end(run, name):
+    notebook = run.notebook(name)
+    for cell in code_of(notebook):
+        assert cell.execution_count or not cell.source.strip()
+        assert not [o for o in cell.outputs if o.output_type == "error"]
+        for output in cell.outputs:
+            assert "it/s]" not in output.get("text", ""), "no progress bars in a saved notebook"
+    shown = sum("image/png" in o.get("data", {}) for cell in code_of(notebook) for o in cell.outputs)
+    assert shown >= 4, "figures are displayed"
+
+
+EXPECTED = {
+    "01": 4, "02": 4, "03": 4, "04": 6, "05": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", EXPECTED)
+def test_figures_are_kept_and_not_blank(run, number):
+    pictures = sorted(run.figures.glob(f"{number}_*.png"))
+    assert len(pictures) >= EXPECTED[number]
+    called = {name for cell in code_of(run.notebook(NAMES[int(number) - 1]))
+              for name in re.findall(r'save_figure\(\s*[^"]*?"(\w+)"', cell.source)}  # fmt: skip
+    assert called <= {p.stem for p in pictures}
+    for file in pictures:
+        picture = Image.open(file)
+        pixels = np.asarray(picture.convert("L"))
+        drawn = pixels[: int(0.85 * len(pixels))]  # without the line that says what made it
+        assert drawn.std() > 5 and len(np.unique(drawn)) > 20, f"{file.name} is blank"
+        facts = json.loads(file.with_suffix(".json").read_text())
+        assert (facts["profile"], facts["seed"], facts["figure"]) == ("tiny", 0, file.stem)
+        assert facts["commit"] and facts["device"] and len(facts["caption"]) > 20
+        assert json.loads(picture.text["Description"]) == facts
+
+
+@pytest.mark.parametrize("split", ["test", "new_test"])
+def test_each_label_set_has_its_picture(run, split):
+    files = sorted((run.figures / "samples" / split).iterdir())
+    assert [f.name for f in files] == [f"{i:03d}.png" for i in range(32)]
+    pictures = [np.asarray(Image.open(f)) for f in files]
+    assert all(p.shape == (64, 64, 3) and p.std() > 5 for p in pictures)
+    assert len({p.tobytes() for p in pictures}) == 32
+
+
+def test_pictures_are_in_the_files_order(run, iclevr, monkeypatch):
+    """Drawn again from the pipeline that notebook 03 trained, set by set."""
+    monkeypatch.setenv("LAB6_DATA", str(iclevr))
+    monkeypatch.setenv("LAB6_RUNS", str(run.runs))
+    settings = lab.make_settings("tiny")
+    pipe, files = lab.load_pipeline(settings), lab.find_data()
+    for split in ("test", "new_test"):
+        label_sets = getattr(files, split)
+        expected = lab.to_uint8(lab.sample(pipe, label_sets, settings))
+        for i, image in enumerate(expected):
+            kept = np.asarray(Image.open(run.figures / "samples" / split / f"{i:03d}.png")).transpose(2, 0, 1)
+            assert np.abs(kept.astype(int) - image.numpy()).mean() < 1, f"{split} {i}"
+
+
+def test_training_went_over_its_epochs(run):
+    history = lab.load_history(run.runs / "tiny" / "tokens")
+    assert [r["epoch"] for r in history] == [1, 2]
+    assert re.findall(r"^ +epoch (\d)/2  loss", run.out, re.MULTILINE)[:2] == ["1", "2"], "progress is printed"
+    assert (run.runs / "tiny" / "tokens" / "pipeline" / "model_index.json").is_file()
+
+
+FIELDS = {
+    "system", "weights_sha256", "data", "images_seen", "split", "evaluator", "sampler", "steps", "evaluations",
+    "guidance", "seeds", "accuracy", "ci95_seeds", "ci95_sets", "accuracy_per_image", "accuracy_24", "exact_match",
+    "f1", "seconds_per_64", "device", "commit",
+}  # fmt: skip
+
+
+def test_results_follow_the_design(run):
+    stored = json.loads((run.figures / "results.json").read_text())
+    assert stored["schema"] == 1
+    results = {r["split"]: r for r in stored["results"]}
+    assert {"test", "new_test", "manual", "real-held-out"} <= results.keys()
+    for split, record in results.items():
+        assert record.keys() >= FIELDS
+        assert record["evaluator"] in ("course", "resnet18", "judge") and record["commit"] and record["device"]
+        low, high = record["ci95_sets"]
+        for name in ("accuracy", "accuracy_per_image", "accuracy_24", "exact_match", "f1"):
+            assert 0 <= record[name] <= 1
+        assert low <= record["accuracy"] <= high
+        if split != "real-held-out":
+            assert (record["system"], record["seeds"], record["sampler"], record["steps"]) == ("tokens", 2, "ddim", 4)
+            assert record["guidance"] == {"kind": "classifier-free", "scale": 2.0} and record["evaluations"] == 8
+            assert re.fullmatch("[0-9a-f]{16}", record["weights_sha256"]) and record["images_seen"] == 96
+            low, high = record["ci95_seeds"]
+            assert low <= record["accuracy"] <= high
+    assert results["real-held-out"]["ci95_seeds"] is None
+
+
+def test_the_report_is_made_of_all_of_them(run):
+    page = (run.figures / "report.html").read_text(encoding="utf-8")
+    assert "could not be typeset" not in run.err
+    assert page.count("data:image/png;base64") >= sum(EXPECTED.values())
+    text = re.sub(r"<(script|style|annotation)\b.*?</\1>|<[^>]+>", " ", page, flags=re.DOTALL)
+    assert not re.search(r"\\(frac|sqrt|bar|alpha|mathcal|epsilon)\b|\$\$", text), "no raw TeX"
+    for name in NAMES:
+        title = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells[0].source.splitlines()[0]
+        assert title.removeprefix("# ").split("·")[1].strip() in text
