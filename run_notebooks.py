@@ -108,7 +108,7 @@ def check_parameters(paths, assignments):
         if not takers:
             close = difflib.get_close_matches(name, {n for known in defaults.values() for n in known}, n=1)
             lines = [f"-p {assignment}: no such parameter" + (f"; did you mean {close[0]}?" if close else "")]
-            lines += [f"  {path.stem} has {', '.join(set(defaults[path]) - {'profile'})}" for path in paths]
+            lines += [f"  {path.stem} has {', '.join(n for n in defaults[path] if n != 'profile')}" for path in paths]
             raise Refused("\n".join(lines))
         for path in takers:
             default = defaults[path][name]
@@ -236,7 +236,7 @@ def to_mathml(tex, display=False):
     except Exception:  # it has many
         mathml = html.escape(f"${tex}$")
     mathml = re.sub(r"<mi>(?:~|&#x0007E;)</mi>", "<mo>&#x223C;</mo>", mathml)  # \sim is a relation
-    mathml = re.sub(r"(<mi>(?:log|exp|max|min)</mi>)(?=<m[in])", r'\1<mspace width="0.17em"/>', mathml)
+    mathml = re.sub(r"(<mi>(?:log|ln|exp|max|min|sin|cos)</mi>)(?=<m(?!o[ >]))", r'\1<mspace width="0.17em"/>', mathml)
     mathml = mathml.replace('"negativethinmathspace"', '"-0.17em"')
     if re.search(r"[\\$]|&amp;", re.sub(r"<[^>]+>", "", mathml)):
         print(f"report: this TeX could not be typeset: {tex.strip()}", file=sys.stderr)

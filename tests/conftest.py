@@ -22,6 +22,12 @@ import lab6_utils as lab  # noqa: E402
 
 TRAIN_SCENES = range(60)
 HELD_OUT_SCENES = range(5500, 5510)
+#: What DESIGN.md asks of each record in results.json.
+RESULT_FIELDS = {
+    "system", "weights_sha256", "data", "images_seen", "split", "evaluator", "sampler", "steps", "evaluations",
+    "guidance", "seeds", "accuracy", "ci95_seeds", "ci95_sets", "accuracy_per_image", "accuracy_24", "exact_match",
+    "f1", "seconds_per_64", "device", "commit",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ import time
 import nbformat
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import RESULT_FIELDS, ROOT
 from PIL import Image
 
 import lab6_utils as lab
@@ -214,20 +214,13 @@ def test_training_went_over_its_epochs(run):
     assert (run.runs / "tiny" / "tokens" / "pipeline" / "model_index.json").is_file()
 
 
-FIELDS = {
-    "system", "weights_sha256", "data", "images_seen", "split", "evaluator", "sampler", "steps", "evaluations",
-    "guidance", "seeds", "accuracy", "ci95_seeds", "ci95_sets", "accuracy_per_image", "accuracy_24", "exact_match",
-    "f1", "seconds_per_64", "device", "commit",
-}  # fmt: skip
-
-
 def test_results_follow_the_design(run):
     stored = json.loads((run.figures / "results.json").read_text())
     assert stored["schema"] == 1
     results = {r["split"]: r for r in stored["results"]}
     assert {"test", "new_test", "manual", "real-held-out"} <= results.keys()
     for split, record in results.items():
-        assert record.keys() >= FIELDS
+        assert record.keys() >= RESULT_FIELDS
         assert record["evaluator"] in ("course", "resnet18", "judge") and record["commit"] and record["device"]
         low, high = record["ci95_sets"]
         for name in ("accuracy", "accuracy_per_image", "accuracy_24", "exact_match", "f1"):

@@ -244,12 +244,12 @@ def test_nothing_to_train_on(synthetic, tmp_path):
 
 @pytest.mark.parametrize("make", [tiny, tiny_linear], ids=["tokens", "linear"])
 def test_the_loss_falls_on_a_few_pictures(synthetic, tmp_path, make):
-    settings = make(batch_size=4, epochs=4, learning_rate=3e-3, warmup_steps=5, prediction="sample")
+    settings = make(batch_size=4, epochs=3, learning_rate=0.01, warmup_steps=5, prediction="epsilon", patch=2)
     flat = part_of(synthetic, 120)
     flat.pixels = synthetic.pixels[:4, :, :1, :1].expand(-1, -1, 64, 64).repeat(30, 1, 1, 1)  # four plain colours
     flat.labels = synthetic.labels[:4].repeat(30, 1)
     losses = [r.loss for r in run(settings, flat, tmp_path)]
-    assert losses[-1] < 0.4 * losses[0], losses
+    assert losses[-1] < 0.75 * losses[0], losses
 
 
 def test_bf16_trains_float32_weights(small, tmp_path):
@@ -292,6 +292,15 @@ def test_time_steps_span_the_whole_range(small):
     assert len(set(times[0].tolist())) > 10, "each picture has its own"
     long = torch.cat([b["t"] for b in batches(tiny(batch_size=40), corner, 200)])
     assert long.min() < 5 and 994 < long.max() <= 999
+
+
+def test_each_batch_has_times_from_everywhere(small, monkeypatch):
+    for batch in batches(tiny(batch_size=8), small, 5):
+        assert (batch["t"].sort().values // 125).tolist() == list(range(8)), "one from each eighth"
+    draw = torch.rand
+    almost_one = torch.tensor(1 - 2**-24)  # the largest that torch.rand gives
+    monkeypatch.setattr(torch, "rand", lambda *size, **kw: almost_one if size == ((),) else draw(*size, **kw))
+    assert batches(tiny(batch_size=40), small, 1)[0]["t"].max() == 999
 
 
 def test_labels_are_dropped_at_their_rate(small):
