@@ -1427,7 +1427,9 @@ def prepare_evaluator(settings: Settings, files: DataFiles, choice: str = "auto"
     if not (folder / "model.safetensors").is_file():
         held_out = ICLEVRDataset(files, "held-out")
         for record in train_evaluator(settings, ICLEVRDataset(files, "train", settings.max_images), folder, held_out):
-            print("epoch {epoch}/{epochs}  evaluator loss {loss:.4f}  held-out accuracy {accuracy}".format(**record))
+            accuracy = "none here" if record["accuracy"] is None else f"{record['accuracy']:.4f}"
+            print(f"epoch {record['epoch']}/{record['epochs']}  evaluator: loss {record['loss']:.4f}, held-out accuracy "
+                  f"{accuracy}  {format_seconds(record['seconds_left'])} left")  # fmt: skip
     return Evaluator.load(folder, settings.device)
 
 

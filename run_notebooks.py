@@ -344,7 +344,8 @@ def find_browsers():
 def make_pdf(page):
     """Print an HTML file to a PDF beside it with the first browser that can; returns its path, or None."""
     partial = page.with_suffix(".partial.pdf")
-    partial.unlink(missing_ok=True)
+    for old in (partial, page.with_suffix(".pdf")):  # a PDF of an earlier run must not stand beside this page
+        old.unlink(missing_ok=True)
     flags = "--headless --disable-gpu --no-first-run --disable-background-networking --disable-sync "
     flags += "--disable-component-update --no-pdf-header-footer --generate-pdf-document-outline"
     if hasattr(os, "geteuid") and os.geteuid() == 0:
