@@ -330,7 +330,7 @@ def cached(runs):
 
 def test_the_cache_is_made_anew_when_a_file_changes(data, runs):
     old = lab.ICLEVRDataset(lab.find_data(), "all")
-    before, file = cached(runs), data / "iclevr" / old.names[4]
+    file = data / "iclevr" / old.names[4]
     size, date = file.stat().st_size, file.stat().st_mtime_ns
     pixels = noise_picture(np.random.default_rng(9)) // 64
     Image.fromarray(pixels).save(file)
@@ -338,6 +338,7 @@ def test_the_cache_is_made_anew_when_a_file_changes(data, runs):
     assert file.stat().st_size != size
     new = lab.ICLEVRDataset(lab.find_data(), "all")
     assert np.array_equal(new.pixels[4].numpy(), pixels.transpose(2, 0, 1)), "another size, the same date"
+    before = cached(runs)
     file.write_bytes(file.read_bytes()[:-12] + bytes(12))  # PNG's end marker, which no pixel depends on
     os.utime(file, ns=(date + 10**9, date + 10**9))
     lab.ICLEVRDataset(lab.find_data(), "all")
