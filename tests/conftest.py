@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 REAL = Path(os.environ.get("LAB6_TEST_ICLEVR") or ROOT.parent / "shared" / "iclevr")
 os.environ["LAB6_HEADLESS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny networks lose by threads, notebooks too
 
 import lab6_utils as lab  # noqa: E402
 
