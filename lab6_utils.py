@@ -21,6 +21,8 @@ nothing but define names.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
@@ -76,7 +78,7 @@ PROFILES = {
     "tiny": dict(channels=(8, 16, 16), token_dim=16, norm_groups=8, batch_size=8, epochs=2, warmup_steps=2,
                  max_images=48, steps=4, seeds=2, ddpm_images=1, evaluator_epochs=1, evaluation_sets=4),
     # the default without a GPU: shipped weights, a short training shown, few seeds
-    "quick": dict(channels=(32, 48, 64), epochs=8, max_images=1024, warmup_steps=20, seeds=2),
+    "quick": dict(channels=(32, 48, 64), epochs=8, max_images=1024, warmup_steps=20, seeds=5),
     # shipped weights, all seeds, a short training shown; writes figures/
     "shipped": dict(channels=(32, 48, 64), epochs=8, max_images=1024, warmup_steps=20, seeds=16),
     # trains everything; wants a GPU
@@ -125,7 +127,7 @@ class Settings:
     weight_decay: float = 0.01
     warmup_steps: int = 500
     decay_fraction: float = 0.3  # the last part of training, in which the learning rate falls to zero
-    gradient_clip: float = 1.0
+    gradient_clip: float = 1.0  # of the norm of all gradients; 0: none
     label_dropout: float = 0.1  # share of labels replaced by the null condition; 0: no guidance possible
     ema_decay: float = 0.999
     flip: bool = False  # mirror half of the images
@@ -148,9 +150,13 @@ class Settings:
             for value in values if isinstance(values, tuple) else (values,):
                 if value not in allowed:
                     raise ValueError(f"{name}={value!r}: choose from {', '.join(map(str, allowed))}")
-        for name in ("batch_size", "epochs", "num_train_timesteps", "steps", "seeds", "layers_per_block"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, type_ in _TYPES.items():
+            may_be_zero = type_ is float or name in ("seed", "warmup_steps", "max_images", "evaluation_sets")
+            if type_ in (int, float) and getattr(self, name) < (0 if may_be_zero else 1):
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {0 if may_be_zero else 1}")
+        for name in ("ema_decay", "decay_fraction"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at most 1")
         if len(self.channels) != len(self.attention):
             raise ValueError(
                 f"channels={self.channels} and attention={self.attention}: give both one entry a resolution"
@@ -176,11 +182,12 @@ class Settings:
 
     @property
     def figures(self) -> Path:
-        """Folder for figures and results.json: figures/ (or $LAB6_FIGURES) when the numbers are to be kept."""
+        """Folder for figures and results.json: figures/ (or $LAB6_FIGURES), and its folder quick/ for the quick
+        profile and whenever there are fewer than 16 seeds."""
         if self.profile == "tiny":
             return self.runs / "tiny" / "figures"
         base = Path(os.environ.get("LAB6_FIGURES") or ROOT / "figures")
-        return base / "quick" if self.profile == "quick" else base
+        return base / "quick" if self.profile == "quick" or self.seeds < 16 else base
 
 
 def _allowed():
@@ -233,7 +240,7 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
             raise ValueError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
     fills = dict(PROFILES[profile])
     if preset != "tokens":
-        for name in ("channels", "token_dim", "norm_groups"):
+        for name in ("channels", "token_dim", "norm_groups", "warmup_steps"):
             fills.pop(name, None)
     values = {"device": "auto", "precision": "auto"} | PRESETS[preset] | fills | overrides
     values |= {"profile": profile, "preset": preset}
@@ -485,8 +492,8 @@ def _load_cache(files, names, folder):
     path = Path(folder) / f"iclevr64-{root}-{stamp}.npy"
     if not path.exists():
         _write_atomically(path, lambda temporary: _decode_all(files, names, sources, temporary))
-        for old in path.parent.glob(f"iclevr64-{root}-*.npy"):
-            if old != path:
+        for old in set(path.parent.glob(f"iclevr64-{root}-*.npy")) - {path}:
+            with contextlib.suppress(OSError):  # on Windows, while another notebook reads it
                 old.unlink()
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
@@ -499,7 +506,8 @@ def _image_sources(files, names):
         sources, facts = entries, [(n, s.st_size, s.st_mtime_ns) for n, s in stats.items()]
     else:
         try:
-            members = zipfile.ZipFile(files.images).infolist()
+            with zipfile.ZipFile(files.images) as archive:
+                members = archive.infolist()
         except zipfile.BadZipFile as error:
             raise ValueError(f"{files.images}: not a readable zip file ({error}); download it again") from None
         for member in members:
@@ -620,7 +628,7 @@ def to_x_0(output: torch.Tensor, x_t: torch.Tensor, alpha_bar_t: torch.Tensor, p
 def make_scheduler(settings: Settings) -> DDPMScheduler:
     """The diffusers scheduler that training and ancestral sampling use, for `settings`' schedule.
 
-    All schedules go in as trained_betas; x_0 is clipped to [-1, 1] on the way; sampling times are spaced
+    All schedules go in as trained_betas; DDPM and DDIM clip x_0 to [-1, 1] on the way; sampling times are spaced
     "trailing", so that few-step sampling starts at the noisiest step (Lin et al. 2024).
     """
     alpha_bar = alphas_bar(settings.schedule, settings.num_train_timesteps, settings.schedule_reference)
@@ -659,7 +667,8 @@ def make_sampler(name: str, scheduler: DDPMScheduler):
 PRESETS = {
     # Ours: one token per object into cross-attention, their pooled embedding into the time embedding.
     "tokens": dict(),
-    # Report D: a UNet2DModel that adds Linear(24, 512) of the labels to the time embedding.
+    # Report D: a UNet2DModel that adds Linear(24, 512) of the labels to the time embedding. The average of the
+    # weights, gradient clipping and even spread of t are this workbook's (assumed).
     "linear-512": dict(
         patch=1, channels=(128, 128, 256, 256), layers_per_block=2, attention=("none", "none", "none", "self"),
         head_dim=8, norm_groups=32, scale_shift=False, conditioning="linear", schedule="linear",
@@ -971,21 +980,26 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
     network, optimizer = accelerator.prepare(denoiser, optimizer)
     network.train()
 
-    steps = len(dataset) // min(settings.batch_size, len(dataset))
+    size = min(settings.batch_size, len(dataset))
+    steps = len(dataset) // size
     done, total = len(history), steps * settings.epochs
+    if size % part[1]:
+        raise ValueError(f"batch_size={size} cannot be split evenly over {part[1]} processes")
+    if history and history[-1]["step"] != done * steps:
+        raise ValueError(f"{folder} was trained on another number of images; use the same data, or name another run")
     writer = SummaryWriter(folder / "tensorboard", purge_step=done * steps + 1) if accelerator.is_main_process else None
     start = time.perf_counter()
     for epoch in range(done, settings.epochs):
         losses = torch.zeros((), device=settings.device)
         epoch_start = time.perf_counter()
         for step in progress(range(epoch * steps, (epoch + 1) * steps), f"epoch {epoch + 1}/{settings.epochs}"):
-            torch.manual_seed(int(make_generator(settings.seed, 2, step).initial_seed()) + part[0])  # dropout layers
             batch = training_batch(settings, dataset, scheduler, step, part)
             with autocast(settings):
                 prediction = network(batch["x_t"], batch["t"], batch["labels"], batch["null"])
             loss = F.mse_loss(prediction.float(), batch["target"])
             accelerator.backward(loss)
-            accelerator.clip_grad_norm_(network.parameters(), settings.gradient_clip)
+            if settings.gradient_clip:
+                accelerator.clip_grad_norm_(network.parameters(), settings.gradient_clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step, total)
             optimizer.step()
@@ -995,10 +1009,10 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
         now = time.perf_counter()
         record = dict(
             epoch=epoch + 1, epochs=settings.epochs, step=(epoch + 1) * steps,
-            images_seen=(epoch + 1) * steps * min(settings.batch_size, len(dataset)),
+            images_seen=(epoch + 1) * steps * size,
             loss=accelerator.reduce(losses, "mean").item() / steps,
             learning_rate=learning_rate(settings, step, total),
-            images_per_s=steps * min(settings.batch_size, len(dataset)) / (now - epoch_start),
+            images_per_s=steps * size / (now - epoch_start),
             seconds_left=(now - start) / (epoch + 1 - done) * (settings.epochs - epoch - 1),
         )  # fmt: skip
         history = [*history, record]
@@ -1008,8 +1022,9 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
                 writer.add_scalar(name, record[name], record["step"])
             writer.flush()
             if epoch + 1 == settings.epochs:  # before the checkpoint: stopped in between, the epoch is done again
-                shutil.rmtree(folder / "pipeline", ignore_errors=True)
                 pipeline.save_pretrained(folder / "pipeline.partial")
+                write_json(folder / "pipeline.partial" / "history.json", history)
+                shutil.rmtree(folder / "pipeline", ignore_errors=True)
                 (folder / "pipeline.partial").rename(folder / "pipeline")
             state = dict(settings=dataclasses.asdict(settings), model=denoiser.state_dict(), ema=ema.state_dict(),
                          optimizer=optimizer.state_dict(), history=history)  # fmt: skip
@@ -1018,7 +1033,7 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
         yield Epoch(**record, pipeline=pipeline)
 
 
-#: Settings that may change when a run is resumed: they do not change what a training step computes.
+#: Settings that may change when a run is resumed. `epochs` moves the decay of the learning rate, no step before it.
 _RESUMABLE = {"profile", "run", "device", "precision", "epochs", "sampler", "steps", "guidance_scale",
               "ddpm_images", "seeds", "evaluation_sets", "evaluator_epochs"}  # fmt: skip
 
@@ -1053,8 +1068,7 @@ def _read_checkpoint(settings, folder):
 
 def _ema_copy(denoiser, ema):
     """A frozen copy of `denoiser` with the averaged weights (its buffers are copied as they are)."""
-    averaged = Denoiser.from_config(denoiser.config).to(denoiser.device, memory_format=torch.channels_last)
-    averaged.load_state_dict(denoiser.state_dict())
+    averaged = copy.deepcopy(denoiser)
     ema.copy_to(averaged.parameters())
     return averaged.eval().requires_grad_(False)
 
@@ -1131,11 +1145,15 @@ class ICLEVRPipeline(DiffusionPipeline):
         process, guesses = [], []
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             prediction = self._guided(self.scheduler.scale_model_input(x_t, t), t, labels, guidance_scale)
+            stepped = self.scheduler.step(prediction.float(), t, x_t, **extra)
             if return_process:
-                kind, alpha_bar_t = self.scheduler.config.prediction_type, self.scheduler.alphas_cumprod[t.cpu()]
+                guess = getattr(stepped, "pred_original_sample", None)
+                if guess is None:  # the multistep solvers keep it to themselves
+                    alpha_bar_t = self.scheduler.alphas_cumprod[int(t)].to(x_t)
+                    guess = to_x_0(prediction.float(), x_t, alpha_bar_t, self.scheduler.config.prediction_type)
                 process.append(x_t.cpu())
-                guesses.append(to_x_0(prediction.float().cpu(), x_t.cpu(), alpha_bar_t.cpu(), kind))
-            x_t = self.scheduler.step(prediction.float(), t, x_t, **extra).prev_sample
+                guesses.append(guess.cpu())
+            x_t = stepped.prev_sample
             if callback_on_step_end is not None:
                 callback_on_step_end(self, i, t, {"x_t": x_t})
         images = x_t.clamp(-1, 1).float().cpu()
@@ -1164,15 +1182,16 @@ def load_pipeline(settings: Settings, weights: str = "auto") -> ICLEVRPipeline:
 
     Args:
         weights: "shipped" (data/weights/), "trained" (what notebook 03 trained in this profile), a folder, or
-            "auto": trained in the profiles full and tiny, else shipped.
+            "auto": trained in the profiles full and tiny, when a run is named, or when none ships; else shipped.
 
     Raises:
         FileNotFoundError: there is none, and which notebook makes it.
     """
     if weights == "auto":
-        weights = "trained" if settings.profile in ("full", "tiny") else "shipped"
+        own = settings.run or settings.profile in ("full", "tiny") or not (WEIGHTS / settings.preset).is_dir()
+        weights = "trained" if own else "shipped"
     folder = {"shipped": WEIGHTS / settings.preset, "trained": run_folder(settings) / "pipeline"}.get(
-        weights, Path(weights)
+        weights, ROOT / weights
     )
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
@@ -1185,7 +1204,7 @@ def load_pipeline(settings: Settings, weights: str = "auto") -> ICLEVRPipeline:
     pipe.denoiser.to(memory_format=torch.channels_last)
     pipe.scheduler = make_sampler(settings.sampler, pipe.scheduler)
     pipe.weights_sha256 = sha256_of(folder / "denoiser" / "diffusion_pytorch_model.safetensors")
-    history = load_history(folder) or load_history(folder.parent)
+    history = load_history(folder)
     pipe.images_seen = history[-1]["images_seen"] if history else None
     return pipe
 
@@ -1235,11 +1254,11 @@ def sample_process(pipe: ICLEVRPipeline, label_set, settings: Settings, seed: in
 
 
 def save_pictures(images: torch.Tensor, folder: Path):
-    """Write each image as folder/000.png, 001.png, ... in order; older pictures there are removed."""
-    for old in Path(folder).glob("[0-9][0-9][0-9].png"):
-        old.unlink()
+    """Write each image as folder/000.png, 001.png, ... in order, in place of those that were there."""
     for i, picture in enumerate(to_pil(images)):
         _write_atomically(Path(folder) / f"{i:03d}.png", lambda temporary, p=picture: p.save(temporary, "png"))
+    for old in sorted(Path(folder).glob("[0-9][0-9][0-9].png"))[len(images) :]:
+        old.unlink()
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1334,12 +1353,14 @@ class Evaluation:
     Attributes:
         probabilities: (S, N, 24), seed by label set; labels: (N, 24) multi-hot.
         evaluator, sha256: the evaluator's name and the hash of its weights.
+        groups: (N,) integers; images of one group (a scene) are resampled together. None: each on its own.
     """
 
     probabilities: torch.Tensor
     labels: torch.Tensor
     evaluator: str
     sha256: str = ""
+    groups: np.ndarray | None = None
 
     @property
     def hits(self) -> torch.Tensor:
@@ -1362,13 +1383,17 @@ class Evaluation:
         accuracy: the course's, labels found over labels asked for. accuracy_per_image: the mean over images of
         the share found. accuracy_24: share of the 24 classes on the right side of 0.5 (a picture of nothing has
         `accuracy_24_of_nothing`). exact_match: share of images whose outputs above 0.5 are just the labels.
-        f1: micro-averaged at 0.5. ci95_seeds: seeds resampled, label sets fixed (None with one seed);
+        f1: micro-averaged at 0.5. ci95_seeds: seeds resampled, label sets fixed (None with fewer than 5 seeds);
         ci95_sets: seeds and label sets resampled.
         """
         wanted = self.labels.bool().expand_as(self.probabilities)
         given = self.probabilities > 0.5
         true_positives = (wanted & given).sum()
-        seeds, sets = bootstrap_intervals(self.hits.numpy(), self.labels.sum(1).numpy())
+        hits, totals = self.hits.numpy(), self.labels.sum(1).numpy()
+        if self.groups is not None:
+            member = np.eye(self.groups.max() + 1)[self.groups]  # (N, groups)
+            hits, totals = hits @ member, totals @ member
+        seeds, sets = bootstrap_intervals(hits, totals)
         return {
             "accuracy": round(self.accuracy_by_seed.mean().item(), 4),
             "ci95_seeds": seeds,
@@ -1381,19 +1406,21 @@ class Evaluation:
         }
 
 
-def evaluate(evaluator: Evaluator, images: torch.Tensor, labels) -> Evaluation:
+def evaluate(evaluator: Evaluator, images: torch.Tensor, labels, groups=None) -> Evaluation:
     """Let `evaluator` read pictures.
 
     Args:
         images: (S, N, 3, 64, 64) in [-1, 1]: S seeds of N label sets ((N, 3, 64, 64) counts as one seed).
         labels: N label sets, or (N, 24).
+        groups: N names; images with the same name (of a scene) are resampled together.
     """
+    groups = None if groups is None else np.unique(groups, return_inverse=True)[1]
     labels = labels if isinstance(labels, torch.Tensor) else encode_labels(labels)
     images = images if images.ndim == 5 else images[None]
     if images.shape[1] != len(labels):
         raise ValueError(f"{images.shape[1]} images a seed for {len(labels)} label sets: these must agree")
     probabilities = evaluator(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-    return Evaluation(probabilities, labels, evaluator.name, evaluator.sha256)
+    return Evaluation(probabilities, labels, evaluator.name, evaluator.sha256, groups)
 
 
 def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 10_000):
@@ -1403,7 +1430,8 @@ def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 1
         hits: (S, N) labels found; totals: (N,) labels asked for.
 
     Returns:
-        ([low, high] over seeds, or None with one seed; [low, high] over seeds and label sets).
+        ([low, high] over seeds, or None with fewer than 5, whose spread says too little; [low, high] over seeds
+        and label sets).
     """
     rng = np.random.default_rng(0)
     count, sets = hits.shape
@@ -1413,7 +1441,7 @@ def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 1
     over_seeds = means.sum(1) / totals.sum()
     over_sets = (means * set_weights).sum(1) / (set_weights @ totals)
     interval = lambda values: [round(float(v), 4) for v in np.percentile(values, [2.5, 97.5])]
-    return (interval(over_seeds) if count > 1 else None), interval(over_sets)
+    return (interval(over_seeds) if count >= 5 else None), interval(over_sets)
 
 
 def prepare_evaluator(settings: Settings, files: DataFiles, choice: str = "auto") -> Evaluator:
@@ -1446,7 +1474,7 @@ def print_course_result(evaluation: Evaluation, split: str, seed: int = 0):
     """Print one seed's accuracy, as the course wants the evaluator's output shown."""
     found, asked = int(evaluation.hits[seed].sum()), int(evaluation.labels.sum())
     accuracy = found / asked
-    print(f"{split}.json: accuracy {accuracy:.4f} ({found} of {asked} labels), grade {grade(accuracy)}")
+    print(f"{split}: accuracy {accuracy:.4f} ({found} of {asked} labels), grade {grade(accuracy)}")
 
 
 def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, held_out: ICLEVRDataset | None = None):
@@ -1465,8 +1493,10 @@ def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, he
     """
     device, batch, epochs = settings.device, min(64, len(dataset)), settings.evaluator_epochs
     steps = len(dataset) // batch
-    torch.manual_seed(settings.seed)
-    network = _resnet18().to(device, memory_format=torch.channels_last)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = _resnet18()
+    network = network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps * epochs, pct_start=0.2)
     start, history = time.perf_counter(), []
@@ -1738,8 +1768,6 @@ def save_result(settings: Settings, record: dict):
     path = settings.figures / "results.json"
     results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
     record = record | {"device": device_name(settings), "commit": commit()}
-    key = lambda r: [
-        r.get(k) for k in ("system", "data", "split", "evaluator", "sampler", "steps", "guidance", "seeds")
-    ]
-    results = [r for r in results if key(r) != key(record)]
+    same = ("system", "weights_sha256", "data", "split", "evaluator_sha256", "sampler", "steps", "guidance", "seeds")
+    results = [r for r in results if any(r.get(name) != record.get(name) for name in same)]
     write_json(path, {"schema": 1, "results": [*results, record]})

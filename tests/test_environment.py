@@ -57,5 +57,6 @@ def test_conda_environment_agrees(project, locked):
 
 
 def test_ruff():
-    checked = subprocess.run([sys.executable, "-m", "ruff", "check", ROOT], capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stdout
+    for command in (["check"], ["format", "--check"]):
+        checked = subprocess.run([sys.executable, "-m", "ruff", *command, ROOT], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout

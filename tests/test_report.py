@@ -1,4 +1,5 @@
 """The report: what it shows and leaves out, formulas, pages and pictures of the PDF, and life without a browser."""
+
 import base64
 import io
 import json

@@ -1,4 +1,5 @@
 """run_notebooks.py on small notebooks in a temporary folder: what it refuses, how it stops, what it leaves behind."""
+
 import json
 import os
 import signal
