@@ -1,5 +1,6 @@
 """The lock and the conda environment say what pyproject.toml asks for; ruff has nothing to say."""
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -9,6 +10,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+import lab6_utils
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,3 +63,20 @@ def test_ruff():
     for command in (["check"], ["format", "--check"]):
         checked = subprocess.run([sys.executable, "-m", "ruff", *command, ROOT], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stdout
+
+
+def test_readme_quotes_the_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "figures" / "results.json").read_text(encoding="utf-8"))["results"]
+    assert lab6_utils.results_table(rows) in readme, "README's table is not the one of figures/results.json"
+
+
+def test_committed_results_are_of_the_shipped_weights():
+    rows = json.loads((ROOT / "figures" / "results.json").read_text(encoding="utf-8"))["results"]
+    best = {row["split"]: row for row in rows}
+    weights = lab6_utils.WEIGHTS / "tokens" / "denoiser" / "diffusion_pytorch_model.safetensors"
+    for split in ("test", "new_test", "manual"):
+        assert best[split]["weights_sha256"] == lab6_utils.sha256_of(weights)
+        assert best[split]["seeds"] >= 16 and best[split]["ci95_seeds"] and best[split]["ci95_sets"]
+    assert best["test"]["accuracy"] >= 0.9
+    assert best["real-held-out"]["accuracy"] >= 0.97
