@@ -134,9 +134,9 @@ class Settings:
     max_images: int = 0  # train on the first so many images; 0: all
 
     # sampling and evaluation
-    sampler: str = "ddim"
+    sampler: str = "ddpm"  # its fresh noise lets later steps mend what earlier ones got wrong
     steps: int = 20
-    guidance_scale: float = 2.0
+    guidance_scale: float = 3.0
     ddpm_images: int = 4  # how many images notebook 04 draws with all T ancestral steps
     seeds: int = 16
     evaluation_sets: int = 0  # evaluate on the first so many label sets; 0: all
@@ -1622,7 +1622,9 @@ def guidance_explorer(pipe: ICLEVRPipeline, settings: Settings):
         widgets.Dropdown(options=(nothing, *OBJECTS), value=value, layout=widgets.Layout(width="150px"))
         for value in MANUAL_SET
     ]
-    scale = widgets.FloatSlider(2.0, min=0.0, max=8.0, step=0.5, description="guidance s", continuous_update=False)
+    scale = widgets.FloatSlider(
+        settings.guidance_scale, min=0.0, max=8.0, step=0.5, description="guidance s", continuous_update=False
+    )
     steps = widgets.IntSlider(settings.steps, min=2, max=50, description="steps", continuous_update=False)
     seed = widgets.IntSlider(settings.seed, min=0, max=99, description="seed", continuous_update=False)
     picture = widgets.Image(format="png", width=320, height=320)
