@@ -78,7 +78,7 @@ PROFILES = {
     "tiny": dict(channels=(8, 16, 16), token_dim=16, norm_groups=8, batch_size=8, epochs=2, warmup_steps=2,
                  max_images=48, steps=4, seeds=2, ddpm_images=1, evaluator_epochs=1, evaluation_sets=4),
     # the default without a GPU: shipped weights, a short training shown, few seeds
-    "quick": dict(channels=(32, 48, 64), epochs=8, max_images=1024, warmup_steps=20, seeds=5),
+    "quick": dict(channels=(32, 48, 64), epochs=6, max_images=1024, warmup_steps=20, seeds=5),
     # shipped weights, all seeds, a short training shown; writes figures/
     "shipped": dict(channels=(32, 48, 64), epochs=8, max_images=1024, warmup_steps=20, seeds=16),
     # trains everything; wants a GPU

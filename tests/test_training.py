@@ -386,7 +386,7 @@ def test_sampling_from_a_trained_folder(small, runs):
     pipe = lab.load_pipeline(settings)
     assert runs in lab.run_folder(settings).parents
     assert pipe.images_seen == 40 and re.fullmatch("[0-9a-f]{16}", pipe.weights_sha256)
-    record.pipeline.scheduler = lab.make_sampler("ddim", record.pipeline.scheduler)
+    record.pipeline.scheduler = lab.make_sampler(settings.sampler, record.pipeline.scheduler)
     expected = lab.sample(record.pipeline, ["red cube"], settings, guidance_scale=1.0)
     torch.testing.assert_close(
         lab.sample(pipe, ["red cube"], settings, guidance_scale=1.0), expected, rtol=0, atol=1e-4
