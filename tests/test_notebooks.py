@@ -227,12 +227,10 @@ def test_results_follow_the_design(run):
             assert 0 <= record[name] <= 1
         assert low <= record["accuracy"] <= high
         if split != "real-held-out":
-            assert (record["system"], record["seeds"], record["sampler"], record["steps"]) == ("tokens", 2, "ddim", 4)
-            assert record["guidance"] == {"kind": "classifier-free", "scale": 2.0} and record["evaluations"] == 8
+            assert (record["system"], record["seeds"], record["sampler"], record["steps"]) == ("tokens", 2, "ddpm", 4)
+            assert record["guidance"] == {"kind": "classifier-free", "scale": 3.0} and record["evaluations"] == 8
             assert re.fullmatch("[0-9a-f]{16}", record["weights_sha256"]) and record["images_seen"] == 96
-            low, high = record["ci95_seeds"]
-            assert low <= record["accuracy"] <= high
-    assert results["real-held-out"]["ci95_seeds"] is None
+        assert record["ci95_seeds"] is None, "two seeds are too few for an interval over seeds"
 
 
 def test_the_report_is_made_of_all_of_them(run):
