@@ -1342,8 +1342,13 @@ def count_hits(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     Returns:
         (B,) number of labels found, 0 to k. The course's accuracy is their sum over the sum of k.
     """
-    rank = probabilities.argsort(dim=1, descending=True).argsort(dim=1)
-    return (labels.cpu().bool() & (rank < labels.cpu().sum(1, keepdim=True))).sum(1)
+    return _found(probabilities, labels.cpu()).sum(-1)
+
+
+def _found(probabilities, labels):
+    """(..., 24) True where a label of (B, 24) is among the k highest of the (..., B, 24) outputs."""
+    rank = probabilities.argsort(-1, descending=True).argsort(-1)
+    return (rank < labels.sum(1)[:, None]) & labels.bool()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1365,7 +1370,7 @@ class Evaluation:
     @property
     def hits(self) -> torch.Tensor:
         """(S, N) labels found by the course's protocol."""
-        return torch.stack([count_hits(p, self.labels) for p in self.probabilities])
+        return count_hits(self.probabilities, self.labels)
 
     @property
     def accuracy_by_seed(self) -> torch.Tensor:
@@ -1374,8 +1379,7 @@ class Evaluation:
 
     def found(self) -> torch.Tensor:
         """(S, N, 24) True where an object asked for is among the image's k highest outputs."""
-        rank = self.probabilities.argsort(-1, descending=True).argsort(-1)
-        return (rank < self.labels.sum(1)[:, None]) & self.labels.bool()
+        return _found(self.probabilities, self.labels)
 
     def metrics(self) -> dict:
         """All measures, with 95% bootstrap intervals of the accuracy; the keys are those of results.json.
