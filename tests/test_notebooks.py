@@ -108,12 +108,13 @@ def test_cells_are_short_and_thin(stored):
 class Run:
     """One run of the notebooks by run_notebooks.py."""
 
-    def __init__(self, home, iclevr):
+    def __init__(self, home, iclevr, *arguments):
         self.runs, self.figures = home / "runs", home / "runs" / "tiny" / "figures"
         environment = os.environ | dict(
             LAB6_DATA=str(iclevr), LAB6_RUNS=str(self.runs), LAB6_FIGURES=str(home / "figures")
         )
         command = [sys.executable, str(ROOT / "run_notebooks.py"), "--profile", "tiny", "--timeout", "300"]
+        command += arguments
         self.before, start = repository(), time.time()
         done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
         self.code, self.out, self.err, self.seconds = done.returncode, done.stdout, done.stderr, time.time() - start
@@ -242,3 +243,23 @@ def test_the_report_is_made_of_all_of_them(run):
     for name in NAMES:
         title = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells[0].source.splitlines()[0]
         assert title.removeprefix("# ").split("·")[1].strip() in text
+
+
+def test_parameters_reach_the_notebooks(iclevr, tmp_path):
+    """Other choices than the defaults, from training to the results."""
+    chosen = "run=other schedule=sigmoid prediction=epsilon sampler=ddim steps=3 guidance_scale=2 split=test seeds=1"
+    arguments = [part for assignment in chosen.split() for part in ("-p", assignment)]
+    done = Run(tmp_path, iclevr, "--only", "03,04,05", "--no-report", *arguments)
+    assert done.code == 0, f"{done.out}\n{done.err}"
+    scheduler = done.runs / "tiny" / "other" / "pipeline" / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text())
+    sigmoid = lab.make_scheduler(lab.make_settings("tiny", schedule="sigmoid"))
+    assert config["prediction_type"] == "epsilon" and config["trained_betas"] == sigmoid.config.trained_betas
+    assert [p.name for p in (done.figures / "samples").iterdir()] == ["test"], "split=test draws that file only"
+    results = json.loads((done.figures / "results.json").read_text())["results"]
+    (record,) = [r for r in results if r["split"] == "test"]
+    assert (record["sampler"], record["steps"], record["evaluations"], record["seeds"]) == ("ddim", 3, 6, 1)
+    assert record["guidance"] == {"kind": "classifier-free", "scale": 2.0}
+    assert record["weights_sha256"] == lab.sha256_of(
+        scheduler.parents[1] / "denoiser" / "diffusion_pytorch_model.safetensors"
+    )
