@@ -392,7 +392,8 @@ def main(argv=None, notebooks=NOTEBOOKS):
     parser.add_argument("--report", action="store_true", help="run nothing, only make the report again")
     parser.add_argument("--no-report", action="store_true", help="run notebooks, make no report")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C, kernels are shut down
+    for number in (signal.SIGINT, signal.SIGTERM):  # both shut the kernels down; a shell may have had SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     set_environment()
     try:
         given = check_parameters(choose_notebooks(notebooks, args.only), args.assignments)
