@@ -34,6 +34,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import textwrap
 import time
 import typing
@@ -76,13 +77,13 @@ WEIGHTS = ROOT / "data" / "weights"
 PROFILES = {
     # the tests: seconds a notebook, every line exercised
     "tiny": dict(batch_size=8, epochs=2, max_images=48, steps=4, seeds=2, ddpm_images=1, evaluator_epochs=1,
-                 evaluation_sets=4),
+                 evaluation_sets=4, rendered_scenes=24),
     # the default without a GPU: shipped weights, a short training shown, few seeds
     "quick": dict(epochs=8, max_images=1024, seeds=5, ddpm_images=2),
     # shipped weights, all seeds, a short training shown; writes figures/
     "shipped": dict(epochs=16, max_images=1024, seeds=16),
     # trains everything; wants a GPU
-    "full": dict(seeds=16, ddpm_images=32),
+    "full": dict(seeds=16, ddpm_images=32, rendered_scenes=6003),
 }  # fmt: skip
 
 # A network that shows something after a minute on a CPU: it sees few, large patches, and predicts x_0, since with
@@ -144,6 +145,7 @@ class Settings:
     ema_decay: float = 0.999
     flip: bool = False  # mirror half of the images
     max_images: int = 0  # train on the first so many images; 0: all
+    rendered_scenes: int = 300  # how many to render where there are no course files
 
     # sampling and evaluation
     sampler: str = "ddpm"  # its fresh noise lets later steps mend what earlier ones got wrong
@@ -370,7 +372,7 @@ class DataFiles:
 
     images: the folder iclevr/ or the file iclevr.zip.
     train: {image file name: label set}; test, new_test: lists of label sets.
-    source: what to print beside every figure ("course files").
+    source: what to print beside every figure, "course files" or "rendered scenes".
     """
 
     root: Path
@@ -380,19 +382,32 @@ class DataFiles:
     new_test: list[list[str]]
     source: str = "course files"
 
+    @property
+    def held_out(self) -> frozenset[str]:
+        """Scenes kept out of training: those of `held_out_scenes`; of rendered ones the last, in proportion."""
+        if self.source == "course files":
+            return held_out_scenes()
+        scenes = sorted({scene_of(name) for name in self.train})
+        return frozenset(scenes[len(scenes) * 5500 // 6003 :])
 
-def find_data() -> DataFiles:
-    """The course's files, from the folder that the environment variable LAB6_DATA names, else from data/.
+
+def find_data(rendered_scenes: int = 300) -> DataFiles:
+    """The data, from the first of: the folder that LAB6_DATA names, data/, scenes rendered here.
 
     A folder qualifies with iclevr/ or iclevr.zip, train.json, test.json, new_test.json, and objects.json or
-    object.json.
+    object.json. Where LAB6_DATA is not set and data/ has none of them, so many scenes are rendered into
+    data/runs/rendered-N, once (see data/render_scenes.py).
 
     Raises:
-        FileNotFoundError: names every folder that was looked in and what is missing there.
+        FileNotFoundError: names the folder that was looked in and what is missing there.
         ValueError: a json file that is not what the course ships, by name.
+        RuntimeError: scenes are to be rendered, and Mitsuba does not work.
     """
     chosen = os.environ.get("LAB6_DATA")
     root = Path(chosen).expanduser().resolve() if chosen else ROOT / "data"
+    names = ("iclevr", "iclevr.zip", "objects.json", "object.json", "train.json", "test.json", "new_test.json")
+    if not chosen and not any((root / name).exists() for name in names):
+        root = _render(rendered_scenes)
     images = root / "iclevr" if (root / "iclevr").is_dir() else root / "iclevr.zip"
     objects = root / "objects.json" if (root / "objects.json").is_file() else root / "object.json"
     missing = [] if images.exists() else ["iclevr/ or iclevr.zip"]
@@ -425,7 +440,30 @@ def find_data() -> DataFiles:
             encode_labels(label_sets)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{root / f'{split}.json'}: {error}") from None
-    return DataFiles(root, images, train, sets["test"], sets["new_test"])
+    source = "rendered scenes" if (root / "render.json").is_file() else "course files"
+    return DataFiles(root, images, train, sets["test"], sets["new_test"], source)
+
+
+def load_renderer():
+    """The module data/render_scenes.py, which needs Mitsuba only when it renders."""
+    folder = str(ROOT / "data")
+    if folder not in sys.path:  # there to stay: the renderer's processes look for the module again
+        sys.path.append(folder)
+    import render_scenes
+
+    return render_scenes
+
+
+def _render(scenes):
+    """The folder data/runs/rendered-N with so many rendered scenes, made when it is not whole."""
+    folder = _runs_folder() / f"rendered-{scenes}"
+    if not (folder / "train.json").is_file():  # which the renderer writes last
+        start = time.perf_counter()
+        for done in progress(load_renderer().render_scenes(folder, scenes), "rendering scenes", scenes):
+            if headless() and (done % max(1, scenes // 6) == 0):
+                left = (time.perf_counter() - start) / done * (scenes - done)
+                print(f"progress: {done} of {scenes} scenes rendered, {format_seconds(left)} left", flush=True)
+    return folder
 
 
 def _read_json(path):
@@ -441,7 +479,7 @@ def scene_of(name: str) -> str:
 
 
 def held_out_scenes() -> frozenset[str]:
-    """The 503 scenes (005500 to 006002) on which nothing that ships is ever trained."""
+    """The 503 of the course's scenes (005500 to 006002) on which nothing that ships is ever trained."""
     return frozenset(json.loads((ROOT / "data" / "held_out_scenes.json").read_text())["scenes"])
 
 
@@ -453,8 +491,8 @@ class ICLEVRDataset(torch.utils.data.Dataset):
 
     Args:
         files: from `find_data`.
-        split: "train", "held-out" (data/held_out_scenes.json) or "all". By scene, never by image, since the
-            pictures of a scene share most of their pixels.
+        split: "train", "held-out" (`files.held_out`) or "all". By scene, never by image, since the pictures of a
+            scene share most of their pixels.
         limit: keep the first so many images; 0 keeps all.
         runs: where the cache goes; default data/runs or $LAB6_RUNS.
 
@@ -466,7 +504,7 @@ class ICLEVRDataset(torch.utils.data.Dataset):
         if split not in ("train", "held-out", "all"):
             raise ValueError(f"split={split!r}: choose from train, held-out, all")
         names = sorted(files.train)
-        held_out = held_out_scenes()
+        held_out = files.held_out
         keep = [i for i, n in enumerate(names) if split == "all" or (scene_of(n) in held_out) == (split == "held-out")]
         keep = keep[: limit or None]
         pixels = _load_cache(files, names, (runs or _runs_folder()) / "cache")
@@ -1740,12 +1778,12 @@ def save_figure(fig: Figure, name: str, settings: Settings, caption: str, **prov
 
 def result_record(settings: Settings, pipe: ICLEVRPipeline | None, split: str, score: Evaluation, files: DataFiles,
                   seconds_per_64: float | None = None) -> dict:  # fmt: skip
-    """A measurement in the form of results.json; `pipe` None means real images in place of generated ones."""
+    """A measurement in the form of results.json; `pipe` None means the data's own images in place of drawn ones."""
     drawn = pipe is not None
     guided = drawn and settings.guidance_scale != 1
     passes = 2 if guided and settings.guidance_scale != 0 else 1
     return {
-        "system": settings.preset if drawn else "real images",
+        "system": settings.preset if drawn else "real images" if files.source == "course files" else files.source,
         "weights_sha256": pipe.weights_sha256 if drawn else None,
         "data": files.source,
         "images_seen": pipe.images_seen if drawn else None,

@@ -376,9 +376,9 @@ def run_facts(settings):
     import lab6_utils
 
     try:
-        data = lab6_utils.find_data().source
-    except (OSError, ValueError):
-        data = "none found"
+        data = lab6_utils.find_data(settings.rendered_scenes).source
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Refused(error) from None
     return {"commit": lab6_utils.commit(), "device": lab6_utils.device_name(settings), "data": data}
 
 

@@ -5,10 +5,13 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 from PIL import Image
@@ -79,6 +82,21 @@ def iclevr(tmp_path_factory):
     for name in ("test.json", "new_test.json", "objects.json"):
         shutil.copy(REAL / name, folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def rendered(tmp_path_factory):
+    """Folder of 24 rendered scenes of three objects."""
+    folder = tmp_path_factory.mktemp("rendered") / "scenes"
+    for _ in lab.load_renderer().render_scenes(folder, 24):
+        pass
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scenes(request):
+    """The real subset where there is one, else rendered scenes: for tests that need pictures of objects."""
+    return request.getfixturevalue("iclevr" if (REAL / "unpack.py").is_file() else "rendered")
 
 
 @pytest.fixture
@@ -164,3 +182,28 @@ def make_pipeline(settings, sampler="ddim"):
     pipe.scheduler = lab.make_sampler(sampler, pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class Run:
+    """One run of the notebooks by run_notebooks.py."""
+
+    def __init__(self, home, iclevr, *arguments):
+        self.runs, self.figures = home / "runs", home / "runs" / "tiny" / "figures"
+        environment = os.environ | dict(
+            LAB6_DATA=str(iclevr), LAB6_RUNS=str(self.runs), LAB6_FIGURES=str(home / "figures")
+        )
+        command = [sys.executable, str(ROOT / "run_notebooks.py"), "--profile", "tiny", "--timeout", "300"]
+        command += arguments
+        self.before, start = repository(), time.time()
+        done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
+        self.code, self.out, self.err, self.seconds = done.returncode, done.stdout, done.stderr, time.time() - start
+        self.after, self.home = repository(), home
+        self.folder = self.runs / "notebooks" / "tiny"
+
+    def notebook(self, name):
+        return nbformat.read(self.folder / f"{name}.ipynb", as_version=4)
+
+
+def repository():
+    """Names of the files that a run might leave in the repository."""
+    return {str(p) for folder in ("notebooks", "figures") for p in (ROOT / folder).rglob("*") if p.is_file()}

@@ -2,16 +2,12 @@
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 
 import nbformat
 import numpy as np
 import pytest
-from conftest import RESULT_FIELDS, ROOT
+from conftest import RESULT_FIELDS, ROOT, Run
 from PIL import Image
 
 import lab6_utils as lab
@@ -24,6 +20,7 @@ NAMES = [
     "04_sampling_and_guidance",
     "05_evaluation",
 ]
+HELD_OUT = ("real-held-out", "rendered-held-out")
 TAGS = {"parameters", "interactive", "exercise", "solution", "no-report"}
 
 
@@ -105,34 +102,9 @@ def test_cells_are_short_and_thin(stored):
 # ── As run ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Run:
-    """One run of the notebooks by run_notebooks.py."""
-
-    def __init__(self, home, iclevr, *arguments):
-        self.runs, self.figures = home / "runs", home / "runs" / "tiny" / "figures"
-        environment = os.environ | dict(
-            LAB6_DATA=str(iclevr), LAB6_RUNS=str(self.runs), LAB6_FIGURES=str(home / "figures")
-        )
-        command = [sys.executable, str(ROOT / "run_notebooks.py"), "--profile", "tiny", "--timeout", "300"]
-        command += arguments
-        self.before, start = repository(), time.time()
-        done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
-        self.code, self.out, self.err, self.seconds = done.returncode, done.stdout, done.stderr, time.time() - start
-        self.after, self.home = repository(), home
-        self.folder = self.runs / "notebooks" / "tiny"
-
-    def notebook(self, name):
-        return nbformat.read(self.folder / f"{name}.ipynb", as_version=4)
-
-
-def repository():
-    """Names of the files that a run might leave in the repository."""
-    return {str(p) for folder in ("notebooks", "figures") for p in (ROOT / folder).rglob("*") if p.is_file()}
-
-
 @pytest.fixture(scope="session")
-def run(iclevr, tmp_path_factory):
-    done = Run(tmp_path_factory.mktemp("notebooks"), iclevr)
+def run(scenes, tmp_path_factory):
+    done = Run(tmp_path_factory.mktemp("notebooks"), scenes)
     assert done.code == 0, f"{done.out}\n{done.err}"
     return done
 
@@ -194,9 +166,9 @@ def test_each_label_set_has_its_picture(run, split):
     assert len({p.tobytes() for p in pictures}) == 32
 
 
-def test_pictures_are_in_the_files_order(run, iclevr, monkeypatch):
+def test_pictures_are_in_the_files_order(run, scenes, monkeypatch):
     """Drawn again from the pipeline that notebook 03 trained, set by set."""
-    monkeypatch.setenv("LAB6_DATA", str(iclevr))
+    monkeypatch.setenv("LAB6_DATA", str(scenes))
     monkeypatch.setenv("LAB6_RUNS", str(run.runs))
     settings = lab.make_settings("tiny")
     pipe, files = lab.load_pipeline(settings), lab.find_data()
@@ -219,7 +191,7 @@ def test_results_follow_the_design(run):
     stored = json.loads((run.figures / "results.json").read_text())
     assert stored["schema"] == 1
     results = {r["split"]: r for r in stored["results"]}
-    assert {"test", "new_test", "manual", "real-held-out"} <= results.keys()
+    assert {"test", "new_test", "manual"} < results.keys() <= {"test", "new_test", "manual", *HELD_OUT}
     for split, record in results.items():
         assert record.keys() >= RESULT_FIELDS
         assert record["evaluator"] in ("course", "resnet18", "judge") and record["commit"] and record["device"]
@@ -227,7 +199,7 @@ def test_results_follow_the_design(run):
         for name in ("accuracy", "accuracy_per_image", "accuracy_24", "exact_match", "f1"):
             assert 0 <= record[name] <= 1
         assert low <= record["accuracy"] <= high
-        if split != "real-held-out":
+        if split not in HELD_OUT:
             assert (record["system"], record["seeds"], record["sampler"], record["steps"]) == ("tokens", 2, "ddpm", 4)
             assert record["guidance"] == {"kind": "classifier-free", "scale": 3.0} and record["evaluations"] == 8
             assert re.fullmatch("[0-9a-f]{16}", record["weights_sha256"]) and record["images_seen"] == 96
@@ -245,11 +217,11 @@ def test_the_report_is_made_of_all_of_them(run):
         assert title.removeprefix("# ").split("·")[1].strip() in text
 
 
-def test_parameters_reach_the_notebooks(iclevr, tmp_path):
+def test_parameters_reach_the_notebooks(scenes, tmp_path):
     """Other choices than the defaults, from training to the pictures."""
     chosen = "run=other schedule=sigmoid prediction=epsilon sampler=ddim steps=3 guidance_scale=2 split=test"
     arguments = [part for assignment in chosen.split() for part in ("-p", assignment)]
-    done = Run(tmp_path, iclevr, "--only", "03,04", "--no-report", *arguments)
+    done = Run(tmp_path, scenes, "--only", "03,04", "--no-report", *arguments)
     assert done.code == 0, f"{done.out}\n{done.err}"
     scheduler = done.runs / "tiny" / "other" / "pipeline" / "scheduler" / "scheduler_config.json"
     config = json.loads(scheduler.read_text())

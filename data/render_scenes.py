@@ -1,0 +1,370 @@
+#!/usr/bin/env python3
+"""Render scenes that look like i-CLEVR's, for whoever does not have the course's files, or wants more of them.
+
+    python data/render_scenes.py --scenes 300 --out DIR                    300 scenes of 1, 2 and 3 objects, 64x64
+    python data/render_scenes.py --scenes 50 --objects 5 --out DIR         up to five objects in a scene
+    python data/render_scenes.py --scenes 4 --size native --out DIR        320x240, the size that CLEVR renders
+    python data/render_scenes.py --scenes 300 --hold-out --out DIR         no picture has a label set of test.json
+
+DIR becomes what the course ships: iclevr/CLEVR_train_SSSSSS_K.png (scene S with K + 1 objects; each picture adds
+one object, and all else stays), train.json, test.json, new_test.json and objects.json. Point LAB6_DATA at it, or
+leave it to `lab6_utils.find_data`, which renders where it finds no course files.
+
+A scene depends on the seed and its number only, whatever else is rendered and by how many workers. Stopped, the
+same command goes on; a larger --scenes adds to what is there.
+
+How it was made to look like i-CLEVR. Camera, lamps and colours are those of CLEVR's scene file (Johnson et al.
+2017; the positions as in Kubric's CLEVR worker, Greff et al. 2022). Lamp strengths and the surrounding light were
+fitted, by least squares, to the median of 1,200 real pictures; the side of the square on which objects stand, their
+size and the least distance between two are what pictures of 2,500 real scenes show. benchmarks/render_calibration.py
+measures what is left between the two.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SHAPES = ("cube", "sphere", "cylinder")
+#: Colour -> diffuse reflectance, linear RGB (CLEVR's properties.json over 255).
+COLOURS = {
+    "gray": (87, 87, 87), "red": (173, 35, 35), "blue": (42, 75, 215), "green": (29, 105, 20),
+    "brown": (129, 74, 25), "purple": (129, 38, 192), "cyan": (41, 208, 208), "yellow": (255, 238, 51),
+}  # fmt: skip
+#: The 24 objects in the course's order: index = 8 * shape + colour.
+OBJECTS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
+
+CAMERA = (7.48113, -6.50764, 5.34367)  # looks at the origin, z is up
+FOCAL = 35 / 32  # focal length over the width of the film
+#: Lamp -> position, side of the square, radiance (linear RGB). They face the origin.
+LAMPS = {
+    "key": ((6.44671, -2.90517, 4.25840), 0.5, (84.6, 78.3, 67.4)),
+    "fill": ((-4.67112, -4.01360, 3.01122), 0.5, (18.2, 19.7, 24.8)),
+    "back": ((-1.16850, 2.64602, 5.81574), 1.0, (9.8, 9.8, 9.7)),
+}
+JITTER = 1.0  # each lamp is moved by up to so much along each axis, from scene to scene
+SURROUNDING = 0.1667  # radiance from everywhere
+FLOOR = 0.8  # reflectance
+RADIUS = 0.6  # of spheres and cylinders; half the side of a cube
+REACH = 3.0  # objects stand within +-REACH along both axes of the floor
+MIN_DISTANCE = 2.4  # between the middles of two objects
+MIN_PIXELS = 200  # of 320x240: what must be seen of each object
+
+#: How many label sets of one, two and three objects the course's files have.
+MAKE_UP = {"test": (6, 12, 14), "new_test": (0, 12, 20)}
+#: Light paths a pixel for the surrounding and for each lamp: as few as leave the grain of the real pictures.
+SAMPLES = {64: (12, 4), "native": (25, 9)}
+
+
+class CannotRender(RuntimeError):
+    """Mitsuba is missing or fails, or the folder holds something else; the message says what to do."""
+
+
+# ── What stands where ──────────────────────────────────────────────────────────────────────────────────
+
+
+def draw_labels(rng, count, forbidden=frozenset()):
+    """`count` different objects in the order in which they enter a scene, as names.
+
+    The shape is drawn first, then the colour, as the real scenes were. No picture on the way, of the first one,
+    two, ... objects, has a label set in `forbidden` (frozensets of names).
+    """
+    while True:
+        names = []
+        while len(names) < count:
+            name = f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}"
+            if name not in names:
+                names.append(name)
+        if not any(frozenset(names[: k + 1]) in forbidden for k in range(count)):
+            return names
+
+
+def draw_test_sets(split):
+    """The label sets of test.json or new_test.json: all different, made up as the course's, always the same."""
+    rng = np.random.default_rng([2019, list(MAKE_UP).index(split)])
+    sets = []
+    for objects, wanted in enumerate(MAKE_UP[split], 1):
+        while wanted:
+            names = draw_labels(rng, objects)
+            if set(names) not in map(set, sets):
+                sets.append(names)
+                wanted -= 1
+    return sets
+
+
+def camera_axes():
+    """The camera's right and forward directions on the floor, each (2,)."""
+    forward = -np.array(CAMERA[:2]) / math.hypot(*CAMERA[:2])
+    return np.array([forward[1], -forward[0]]), forward
+
+
+def draw_places(rng, count, margin=0.0):
+    """Places (count, 2) on the floor: the first in the middle, all at least MIN_DISTANCE apart.
+
+    margin: two objects are also at least so far apart along the camera's right and its forward direction (CLEVR's
+    rule that keeps "left of" and "behind" clear; the real i-CLEVR scenes show no such gap).
+    """
+    axes, places = np.stack(camera_axes()), [np.zeros(2)]
+    for _ in range(1000 * count):
+        if len(places) == count:
+            return np.array(places)
+        place = rng.uniform(-REACH, REACH, 2)
+        apart = place - np.array(places)
+        if (np.hypot(*apart.T) >= MIN_DISTANCE).all() and (np.abs(apart @ axes.T) >= margin).all():
+            places.append(place)
+    return draw_places(rng, count, margin)  # the first ones left no room: begin again
+
+
+def draw_scene(seed, number, objects, forbidden=frozenset(), margin=0.0):
+    """What scene `number` shows: {labels, places (n, 2), turns (n,) radians, lamps {name: (3,)}}.
+
+    Places are drawn again until every object can be seen (MIN_PIXELS) with all of them there.
+    """
+    labels = draw_labels(np.random.default_rng([seed, number, 0]), objects, forbidden)
+    rng = np.random.default_rng([seed, number, 1])
+    lamps = {name: np.array(place) + rng.uniform(-JITTER, JITTER, 3) for name, (place, _, _) in LAMPS.items()}
+    while True:
+        scene = dict(labels=labels, lamps=lamps, places=draw_places(rng, objects, margin),
+                     turns=rng.uniform(0, 2 * math.pi, objects))  # fmt: skip
+        if count_visible(scene).min() >= MIN_PIXELS:
+            return scene
+
+
+# ── Mitsuba ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_mitsuba():
+    """The module mitsuba, set to its variant scalar_rgb, which needs neither LLVM nor a GPU."""
+    try:
+        import mitsuba
+
+        mitsuba.set_variant("scalar_rgb")
+        mitsuba.set_log_level(mitsuba.LogLevel.Error)
+        return mitsuba
+    except Exception as error:
+        raise CannotRender(
+            f"cannot use Mitsuba 3, which renders the scenes ({type(error).__name__}: {error}). Install it: "
+            "pip install mitsuba; or put the course's files into data/ (see data/README.md)."
+        ) from None
+
+
+def describe_objects(scene, count):
+    """Mitsuba's description of the first `count` objects of a scene; names begin with the object's index."""
+    to_world = load_mitsuba().ScalarTransform4f
+    parts = {}
+    for i in range(count):
+        colour, shape = scene["labels"][i].split()
+        place = to_world().translate([*scene["places"][i], RADIUS])
+        place = place @ to_world().rotate([0, 0, 1], math.degrees(scene["turns"][i])) @ to_world().scale(RADIUS)
+        reflectance = {"type": "rgb", "value": [c / 255 for c in COLOURS[colour]]}
+        matt = {"type": "twosided", "bsdf": {"type": "diffuse", "reflectance": reflectance}}
+        if shape == "cylinder":
+            parts[f"{i}_wall"] = {
+                "type": "cylinder",
+                "p0": [0, 0, -1],
+                "p1": [0, 0, 1],
+                "to_world": place,
+                "bsdf": matt,
+            }
+            parts[f"{i}_top"] = {"type": "disk", "to_world": place @ to_world().translate([0, 0, 1]), "bsdf": matt}
+        else:
+            parts[f"{i}_{shape}"] = {"type": shape, "to_world": place, "bsdf": matt}
+    return parts
+
+
+def describe_camera(width, height, samples):
+    return {
+        "type": "perspective",
+        "fov_axis": "x",
+        "near_clip": 5.5,  # past the key lamp, which CLEVR's camera does not see, and before any object
+        "fov": math.degrees(2 * math.atan(0.5 / FOCAL)),
+        "to_world": load_mitsuba().ScalarTransform4f().look_at(origin=CAMERA, target=[0, 0, 0], up=[0, 0, 1]),
+        "film": {"type": "hdrfilm", "width": width, "height": height, "pixel_format": "rgb",
+                 "rfilter": {"type": "box"}},
+        "sampler": {"type": "multijitter", "sample_count": samples},
+    }  # fmt: skip
+
+
+def count_visible(scene):
+    """(n,) how many pixels of 320x240 show each object, by one ray for each 4x4 pixels."""
+    mitsuba = load_mitsuba()
+    description = {"type": "scene", "integrator": {"type": "aov", "aovs": "index:shape_index"},
+                   "sensor": describe_camera(80, 60, 1), **describe_objects(scene, len(scene["labels"]))}  # fmt: skip
+    world = mitsuba.load_dict(description)
+    seen = np.array(mitsuba.render(world))[..., -1].astype(int).ravel()
+    counts = np.zeros(len(scene["labels"]))
+    for index, shape in enumerate(world.shapes()):
+        counts[int(shape.id().partition("_")[0])] += 16 * np.count_nonzero(seen == index)
+    return counts
+
+
+def render_picture(scene, count, size=64):
+    """The picture with the first `count` objects: uint8 (64, 64, 3), or (240, 320, 3) for size "native"."""
+    mitsuba = load_mitsuba()
+    to_world = mitsuba.ScalarTransform4f
+    width, height = (320, 240) if size == "native" else (85, 64)
+    description = {
+        "type": "scene",
+        "integrator": {"type": "path", "max_depth": 4, "hide_emitters": True},
+        "floor": {"type": "rectangle", "to_world": to_world().scale([60, 60, 1]),
+                  "bsdf": {"type": "diffuse", "reflectance": {"type": "rgb", "value": FLOOR}}},
+        **describe_objects(scene, count),
+    }  # fmt: skip
+    around, direct = (describe_camera(width, height, samples) for samples in SAMPLES[size])
+    passes = [{"sensor": around, "light": {"type": "constant", "radiance": {"type": "rgb", "value": SURROUNDING}}}]
+    for name, (_, side, radiance) in LAMPS.items():
+        place = to_world().look_at(origin=scene["lamps"][name], target=[0, 0, 0], up=[0.01, 0, 1])
+        emitter = {"type": "area", "radiance": {"type": "rgb", "value": list(radiance)}}
+        lamp = {"type": "rectangle", "to_world": place @ to_world().scale(side / 2), "emitter": emitter,
+                "bsdf": {"type": "null"}}  # fmt: skip
+        passes.append({"sensor": direct, "light": lamp})
+    # One light at a time: less noise than drawing one for each path, and the same numbers each time, since the order
+    # of several in Mitsuba's list is not. One seed for all pictures: as in i-CLEVR, what an object leaves as it was
+    # stays the same.
+    linear = sum(np.array(mitsuba.render(mitsuba.load_dict(description | part), seed=0)) for part in passes)
+    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 0.0031308) ** (1 / 2.4) - 0.055)
+    if size != "native":  # squeezed to a square as the course does, by linear interpolation
+        x = (np.arange(64) + 0.5) * width / 64 - 0.5
+        left = np.floor(x).astype(int).clip(0, width - 2)
+        part = (x - left)[:, None]
+        srgb = srgb[:, left] * (1 - part) + srgb[:, left + 1] * part
+    return (255 * srgb).clip(0, 255).round().astype(np.uint8)
+
+
+# ── Files ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_whole(path, write):
+    """Call `write(temporary path)`, then rename, so that `path` is the whole file or is not there."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+
+
+def image_name(number, index):
+    return f"CLEVR_train_{number:06d}_{index}.png"
+
+
+def render_scene(folder, number, seed, objects, size, forbidden, margin):
+    """Render the pictures of one scene that are not in `folder` yet; the work of one process."""
+    files = [folder / image_name(number, k) for k in range(objects)]
+    if all(file.exists() for file in files):
+        return
+    scene = draw_scene(seed, number, objects, forbidden, margin)
+    for count, file in enumerate(files, 1):
+        if not file.exists():
+            picture = Image.fromarray(render_picture(scene, count, size))
+            write_whole(file, lambda temporary, picture=picture: picture.save(temporary, "png"))
+
+
+def claim_folder(out, choices):
+    """Note in `out`/render.json what its pictures are; raises CannotRender where they are something else."""
+    note = out / "render.json"
+    if note.exists():
+        try:
+            there = json.loads(note.read_text(encoding="utf-8"))
+        except ValueError:
+            raise CannotRender(f"{note}: not readable; delete {out} to render it again") from None
+        differ = [f"{k} {there.get(k)!r} there, {v!r} now" for k, v in choices.items() if there.get(k) != v]
+        if differ:
+            raise CannotRender(f"{out} holds other scenes ({'; '.join(differ)}): choose another folder, or delete it")
+    elif out.exists() and any(out.iterdir()):
+        raise CannotRender(f"{out} is not empty and was not rendered by this program: choose another folder")
+    (out / "iclevr").mkdir(parents=True, exist_ok=True)
+    write_json(note, choices)
+
+
+def render_scenes(out, scenes, objects=3, size=64, seed=0, workers=None, hold_out=False, margin=0.0):
+    """Render scenes 0 to `scenes` - 1 into `out`; a generator that yields the number of scenes done after each.
+
+    Args:
+        out: folder, new or from the same choices; what is there is not rendered again.
+        objects: pictures a scene, of one, two, ... objects; size: 64 or "native".
+        workers: processes; default one for each core.
+        hold_out: no picture has a label set of test.json or new_test.json.
+
+    Raises:
+        CannotRender: Mitsuba does not work, or `out` holds something else.
+    """
+    load_mitsuba()
+    out = Path(out)
+    claim_folder(out, dict(objects=objects, size=size, seed=seed, hold_out=hold_out, margin=margin))
+    sets = {split: draw_test_sets(split) for split in MAKE_UP}
+    forbidden = frozenset(frozenset(names) for part in sets.values() for names in part) if hold_out else frozenset()
+    for split, label_sets in sets.items():
+        write_json(out / f"{split}.json", label_sets)
+    write_json(out / "objects.json", {name: i for i, name in enumerate(OBJECTS)})
+    workers = workers or os.cpu_count()
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
+    try:
+        jobs = [pool.submit(render_scene, out / "iclevr", number, seed, objects, size, forbidden, margin)
+                for number in range(scenes)]  # fmt: skip
+        for done, job in enumerate(jobs, 1):
+            job.result()
+            yield done
+    finally:
+        pool.shutdown(cancel_futures=True)
+    train = {}
+    for number in range(scenes):  # last, so that the folder counts as data only when it is whole
+        names = draw_labels(np.random.default_rng([seed, number, 0]), objects, forbidden)
+        train |= {image_name(number, k): names[: k + 1] for k in range(objects)}
+    write_json(out / "train.json", train)
+
+
+def start_worker():
+    """One thread a process: they share no work, and two processes are as fast as two threads."""
+    load_mitsuba()
+    import drjit
+
+    drjit.set_thread_count(1)
+
+
+def main(argv=None):
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=300, help="how many (300)")
+    parser.add_argument("--objects", type=int, default=3, choices=range(1, 6), help="objects in a scene (3)")
+    parser.add_argument("--size", default="64", choices=["64", "native"], help="64x64 (default) or native, 320x240")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--workers", type=int, help="processes (one for each core)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hold-out", action="store_true", help="keep the label sets of the test files out")
+    parser.add_argument("--margin", type=float, default=0.0, help="least distance along the camera's axes (0)")
+    args = parser.parse_args(argv)
+    if args.scenes < 1 or args.seed < 0 or (args.workers or 1) < 1 or not 0 <= args.margin <= 1:
+        parser.error("--scenes and --workers must be at least 1, --seed at least 0, --margin from 0 to 1")
+    from tqdm import tqdm
+
+    size = args.size if args.size == "native" else int(args.size)
+    work = render_scenes(args.out, args.scenes, args.objects, size, args.seed, args.workers, args.hold_out, args.margin)
+    start = time.perf_counter()
+    try:
+        for _ in tqdm(work, "rendering", args.scenes, unit="scene"):
+            pass
+    except CannotRender as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    print(f"{args.scenes * args.objects} pictures in {args.out}, {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
