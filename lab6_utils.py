@@ -408,17 +408,22 @@ def find_data(rendered_scenes: int = 300) -> DataFiles:
     names = ("iclevr", "iclevr.zip", "objects.json", "object.json", "train.json", "test.json", "new_test.json")
     if not chosen and not any((root / name).exists() for name in names):
         root = _render(rendered_scenes)
+    return read_data(root)
+
+
+def read_data(root: Path) -> DataFiles:
+    """What a folder of the course's layout holds, rendered scenes too; raises what `find_data` does."""
     images = root / "iclevr" if (root / "iclevr").is_dir() else root / "iclevr.zip"
     objects = root / "objects.json" if (root / "objects.json").is_file() else root / "object.json"
     missing = [] if images.exists() else ["iclevr/ or iclevr.zip"]
     missing += [] if objects.is_file() else ["objects.json or object.json"]
     missing += [f"{n}.json" for n in ("train", "test", "new_test") if not (root / f"{n}.json").is_file()]
     if missing:
-        named = "the folder that LAB6_DATA names" if chosen else "data/ (LAB6_DATA is not set)"
         raise FileNotFoundError(
-            f"No i-CLEVR data: {', '.join(missing)} not found in {named}, {root}. Put the course's files "
-            "iclevr/ (or iclevr.zip), train.json, test.json, new_test.json and objects.json (or object.json) "
-            "there, or set LAB6_DATA to the folder that has them."
+            f"No i-CLEVR data: {', '.join(missing)} not found in {root} (the folder that LAB6_DATA names, else data/). "
+            "Put the course's files iclevr/ (or iclevr.zip), train.json, test.json, new_test.json and objects.json (or "
+            "object.json) there, or set LAB6_DATA to the folder that has them; without any, and LAB6_DATA not set, "
+            "scenes are rendered."
         )
     if _read_json(objects) != {name: i for i, name in enumerate(OBJECTS)}:
         raise ValueError(f"{objects}: not the 24 objects of i-CLEVR with the indices 0 to 23")

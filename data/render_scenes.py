@@ -24,10 +24,12 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -327,7 +329,12 @@ def render_scenes(out, scenes, objects=3, size=64, seed=0, workers=None, hold_ou
 
 
 def start_worker():
-    """One thread a process: they share no work, and two processes are as fast as two threads."""
+    """Make a process ready to render: on one thread, since each core has its process, and ending with its parent."""
+    use_one_thread()
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def use_one_thread():
     load_mitsuba()
     import drjit
 
@@ -353,6 +360,7 @@ def main(argv=None):
     size = args.size if args.size == "native" else int(args.size)
     work = render_scenes(args.out, args.scenes, args.objects, size, args.seed, args.workers, args.hold_out, args.margin)
     start = time.perf_counter()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C, the processes end too
     try:
         for _ in tqdm(work, "rendering", args.scenes, unit="scene"):
             pass
