@@ -1185,6 +1185,8 @@ class ICLEVRPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "pt"):
             raise ValueError(f"output_type={output_type!r}: choose pil or pt")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
         labels = labels if isinstance(labels, torch.Tensor) else encode_labels(labels)
         labels = labels.to(self.device)
         if isinstance(generator, list) and len(generator) != len(labels):
@@ -1364,7 +1366,8 @@ class Evaluator:
         except Exception as error:
             raise ValueError(
                 f"{file}: not an evaluator (a ResNet-18 with Sequential(Linear(512, 24), Sigmoid()), its state "
-                f"dict under 'model'): {_first_line(error)}"
+                f"dict under 'model'; {type(error).__name__}). Get the file again, or remove it: without the course's "
+                "checkpoint.pth ours is used."
             ) from None
         return cls(network, "resnet18" if file.suffix == ".safetensors" else "course", sha256_of(file), device)
 
@@ -1439,8 +1442,8 @@ class Evaluation:
         accuracy: the course's, labels found over labels asked for. accuracy_per_image: the mean over images of
         the share found. accuracy_24: share of the 24 classes on the right side of 0.5 (a picture of nothing has
         `accuracy_24_of_nothing`). exact_match: share of images whose outputs above 0.5 are just the labels.
-        f1: micro-averaged at 0.5. ci95_seeds: seeds resampled, label sets fixed (None with fewer than 5 seeds);
-        ci95_sets: seeds and label sets resampled.
+        f1: micro-averaged at 0.5. ci95_seeds: seeds resampled, label sets fixed; ci95_sets: seeds and label sets
+        resampled; None where there is too little to resample (see `bootstrap_intervals`).
         """
         wanted = self.labels.bool().expand_as(self.probabilities)
         given = self.probabilities > 0.5
@@ -1486,8 +1489,8 @@ def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 1
         hits: (S, N) labels found; totals: (N,) labels asked for.
 
     Returns:
-        ([low, high] over seeds, or None with fewer than 5, whose spread says too little; [low, high] over seeds
-        and label sets).
+        ([low, high] over seeds, or None with fewer than 5 or all alike, whose spread says too little; [low, high]
+        over seeds and label sets, or None with one set).
     """
     rng = np.random.default_rng(0)
     count, sets = hits.shape
@@ -1497,7 +1500,8 @@ def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 1
     over_seeds = means.sum(1) / totals.sum()
     over_sets = (means * set_weights).sum(1) / (set_weights @ totals)
     interval = lambda values: [round(float(v), 4) for v in np.percentile(values, [2.5, 97.5])]
-    return (interval(over_seeds) if count >= 5 else None), interval(over_sets)
+    enough = count >= 5 and np.ptp(hits.sum(1)) > 0
+    return (interval(over_seeds) if enough else None), (interval(over_sets) if sets > 1 else None)
 
 
 def prepare_evaluator(settings: Settings, files: DataFiles, choice: str = "auto") -> Evaluator:

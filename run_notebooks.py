@@ -236,7 +236,8 @@ def to_mathml(tex, display=False):
     except Exception:  # it has many
         mathml = html.escape(f"${tex}$")
     mathml = re.sub(r"<mi>(?:~|&#x0007E;)</mi>", "<mo>&#x223C;</mo>", mathml)  # \sim is a relation
-    mathml = re.sub(r"(<mi>(?:log|ln|exp|max|min|sin|cos)</mi>)(?=<m(?!o[ >]))", r'\1<mspace width="0.17em"/>', mathml)
+    function = r"(?<!<msup>)(?<!<msub>)(<mi>(?:log|ln|exp|max|min|sin|cos)</mi>)(?=<m(?!o[ >]))"
+    mathml = re.sub(function, r'\1<mspace width="0.17em"/>', mathml)
     mathml = mathml.replace('"negativethinmathspace"', '"-0.17em"')
     if re.search(r"[\\$]|&amp;", re.sub(r"<[^>]+>", "", mathml)):
         print(f"report: this TeX could not be typeset: {tex.strip()}", file=sys.stderr)
@@ -402,6 +403,9 @@ def main(argv=None, notebooks=NOTEBOOKS):
 
         try:
             settings = lab6_utils.make_settings(args.profile)
+            for parameters in given.values():  # a value that cannot be is refused now, not in the notebook
+                chosen = {k: v for k, v in parameters.items() if k in vars(settings) and v not in ("", 0) and v != -1}
+                lab6_utils.make_settings(args.profile, **chosen)
         except ValueError as error:
             raise Refused(error) from None
         if not args.report:

@@ -9,6 +9,7 @@ import time
 
 import nbformat
 import pytest
+from conftest import make_data
 
 import run_notebooks
 from run_notebooks import Refused, check_parameters, choose_notebooks, parse_value
@@ -32,6 +33,7 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / name))
     for name in ("LAB6_HEADLESS", "JUPYTER_PREFER_ENV_PATH", "PYTHONPATH"):  # main() sets them: put back after
         monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setenv("LAB6_DATA", str(make_data(tmp_path / "data")))
     (tmp_path / "notebooks").mkdir()
     return tmp_path / "notebooks"
 
@@ -87,12 +89,31 @@ def test_parameters_go_to_the_notebooks_that_have_them(folder):
         check_parameters(paths, ["seed"])
 
 
-@pytest.mark.parametrize("request_", [["-p", "sed=1"], ["-p", "seed=x"], ["--only", "07"], ["--profile", "huge"]])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        ["-p", "sed=1"],
+        ["-p", "seed=x"],
+        ["--only", "07"],
+        ["--profile", "huge"],
+        ["-p", "sampler=best"],
+        ["-p", "seed=-3"],
+    ],
+)
 def test_refused_before_anything_runs(folder, capsys, request_):
-    write_notebook(folder / "01_a.ipynb", "open('ran', 'w')")
+    write_notebook(folder / "01_a.ipynb", "open('ran', 'w')", parameters=PARAMETERS + 'sampler = ""\n')
     assert run(folder, *request_) == 2
-    assert capsys.readouterr().err
+    assert capsys.readouterr().err.count("\n") <= 2
     assert not (folder / "ran").exists() and not executed(folder).exists()
+
+
+def test_missing_data_is_one_line_before_anything_runs(folder, capsys, tmp_path, monkeypatch):
+    write_notebook(folder / "01_a.ipynb", "open('ran', 'w')")
+    monkeypatch.setenv("LAB6_DATA", str(tmp_path / "elsewhere"))
+    assert run(folder) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("No i-CLEVR data: ") and error.count("\n") == 1
+    assert not (folder / "ran").exists()
 
 
 def test_success(folder, capsys):
