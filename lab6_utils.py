@@ -79,7 +79,7 @@ PROFILES = {
     "tiny": dict(batch_size=8, epochs=2, max_images=48, steps=4, seeds=2, ddpm_images=1, evaluator_epochs=1,
                  evaluation_sets=4, rendered_scenes=24),
     # the default without a GPU: shipped weights, a short training shown, few seeds
-    "quick": dict(epochs=8, max_images=1024, seeds=5, ddpm_images=2),
+    "quick": dict(epochs=6, max_images=1024, seeds=5, ddpm_images=2),
     # shipped weights, all seeds, a short training shown; writes figures/
     "shipped": dict(epochs=16, max_images=1024, seeds=16),
     # trains everything; wants a GPU

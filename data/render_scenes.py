@@ -13,11 +13,11 @@ leave it to `lab6_utils.find_data`, which renders where it finds no course files
 A scene depends on the seed and its number only, whatever else is rendered and by how many workers. Stopped, the
 same command goes on; a larger --scenes adds to what is there.
 
-How it was made to look like i-CLEVR. Camera, lamps and colours are those of CLEVR's scene file (Johnson et al.
-2017; the positions as in Kubric's CLEVR worker, Greff et al. 2022). Lamp strengths and the surrounding light were
-fitted, by least squares, to the median of 1,200 real pictures; the side of the square on which objects stand, their
-size and the least distance between two are what pictures of 2,500 real scenes show. benchmarks/render_calibration.py
-measures what is left between the two.
+How it was made to look like i-CLEVR. Camera, lamps, sun and colours are those of CLEVR's scene file (Johnson et al.
+2017; the positions as in Kubric's CLEVR worker, Greff et al. 2022). The strengths of lamps, sun and surrounding light
+were fitted, by least squares, to mean real pictures of single objects; the size of objects, the square on which they
+stand and the least distance between two are what pictures of 2,500 real scenes show.
+benchmarks/render_calibration.py measures what is left between the two.
 """
 
 import argparse
@@ -48,22 +48,23 @@ CAMERA = (7.48113, -6.50764, 5.34367)  # looks at the origin, z is up
 FOCAL = 35 / 32  # focal length over the width of the film
 #: Lamp -> position, side of the square, radiance (linear RGB). They face the origin.
 LAMPS = {
-    "key": ((6.44671, -2.90517, 4.25840), 0.5, (84.6, 78.3, 67.4)),
-    "fill": ((-4.67112, -4.01360, 3.01122), 0.5, (18.2, 19.7, 24.8)),
-    "back": ((-1.16850, 2.64602, 5.81574), 1.0, (9.8, 9.8, 9.7)),
+    "key": ((6.44671, -2.90517, 4.25840), 0.5, (77.9, 71.2, 60.6)),
+    "fill": ((-4.67112, -4.01360, 3.01122), 0.5, (14.5, 15.7, 20.5)),
+    "back": ((-1.16850, 2.64602, 5.81574), 1.0, (10.9, 10.4, 10.5)),
 }
+SUN = (-11.6608, 6.62799, -25.8232), (0.383, 0.411, 0.425)  # direction of its light, irradiance
+SURROUNDING = (0.058, 0.052, 0.047)  # radiance from everywhere
 JITTER = 1.0  # each lamp is moved by up to so much along each axis, from scene to scene
-SURROUNDING = 0.1667  # radiance from everywhere
 FLOOR = 0.8  # reflectance
-RADIUS = 0.6  # of spheres and cylinders; half the side of a cube
+RADIUS = 0.58  # of spheres and cylinders; half the side of a cube
 REACH = 3.0  # objects stand within +-REACH along both axes of the floor
 MIN_DISTANCE = 2.4  # between the middles of two objects
 MIN_PIXELS = 200  # of 320x240: what must be seen of each object
 
 #: How many label sets of one, two and three objects the course's files have.
 MAKE_UP = {"test": (6, 12, 14), "new_test": (0, 12, 20)}
-#: Light paths a pixel for the surrounding and for each lamp: as few as leave the grain of the real pictures.
-SAMPLES = {64: (12, 4), "native": (25, 9)}
+#: Light paths a pixel for the surrounding, and for each lamp and the sun.
+SAMPLES = {64: (6, 6), "native": (25, 9)}
 
 
 class CannotRender(RuntimeError):
@@ -221,12 +222,15 @@ def render_picture(scene, count, size=64):
         **describe_objects(scene, count),
     }  # fmt: skip
     around, direct = (describe_camera(width, height, samples) for samples in SAMPLES[size])
-    passes = [{"sensor": around, "light": {"type": "constant", "radiance": {"type": "rgb", "value": SURROUNDING}}}]
+    rgb = lambda value: {"type": "rgb", "value": list(value)}
+    passes = [
+        {"sensor": around, "light": {"type": "constant", "radiance": rgb(SURROUNDING)}},
+        {"sensor": direct, "light": {"type": "directional", "direction": SUN[0], "irradiance": rgb(SUN[1])}},
+    ]
     for name, (_, side, radiance) in LAMPS.items():
         place = to_world().look_at(origin=scene["lamps"][name], target=[0, 0, 0], up=[0.01, 0, 1])
-        emitter = {"type": "area", "radiance": {"type": "rgb", "value": list(radiance)}}
-        lamp = {"type": "rectangle", "to_world": place @ to_world().scale(side / 2), "emitter": emitter,
-                "bsdf": {"type": "null"}}  # fmt: skip
+        lamp = {"type": "rectangle", "to_world": place @ to_world().scale(side / 2), "bsdf": {"type": "null"},
+                "emitter": {"type": "area", "radiance": rgb(radiance)}}  # fmt: skip
         passes.append({"sensor": direct, "light": lamp})
     # One light at a time: less noise than drawing one for each path, and the same numbers each time, since the order
     # of several in Mitsuba's list is not. One seed for all pictures: as in i-CLEVR, what an object leaves as it was
