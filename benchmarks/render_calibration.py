@@ -51,7 +51,7 @@ def read(evaluator, dataset):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=2000)
+    parser.add_argument("--scenes", type=int, default=1600)
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seed", type=int, default=11, help="of the rendered scenes")
     args = parser.parse_args()

@@ -280,9 +280,9 @@ def test_intervals():
 
 def test_label_sets_of_different_difficulty_widen_the_second_interval():
     totals = np.full(32, 2)
-    hits = np.repeat([[2, 0] * 16], 8, 0)  # the same in every seed
+    hits = np.repeat([[2, 0] * 16], 8, 0)  # the same in every seed, which then say nothing
     seeds, sets = lab.bootstrap_intervals(hits, totals)
-    assert seeds == [0.5, 0.5] and sets[1] - sets[0] > 0.2
+    assert seeds is None and sets[1] - sets[0] > 0.2
 
 
 def test_grades():
