@@ -65,12 +65,13 @@ def main():
         pass
     rendered = lab.read_data(folder / "scenes")
     everything = lab.ICLEVRDataset(rendered, "all")
-    if not (folder / "evaluator" / "model.safetensors").is_file():
-        for record in lab.train_evaluator(settings, everything, folder / "evaluator"):
+    trained = folder / f"evaluator-{args.scenes}-scenes-{args.epochs}-epochs"  # one of other choices is not this one
+    if not (trained / "model.safetensors").is_file():
+        for record in lab.train_evaluator(settings, everything, trained):
             print(f"epoch {record['epoch']}/{args.epochs}  loss {record['loss']:.4f}  "
                   f"{lab.format_seconds(record['seconds_left'])} left", flush=True)  # fmt: skip
     held_out = lab.ICLEVRDataset(real, "held-out")
-    shipped, ours = lab.Evaluator.load(lab.WEIGHTS / "evaluator"), lab.Evaluator.load(folder / "evaluator")
+    shipped, ours = lab.Evaluator.load(lab.WEIGHTS / "evaluator"), lab.Evaluator.load(trained)
     per_second = speed(renderer)
     bands = zip(brightness(lab.ICLEVRDataset(real, "all")), brightness(everything), strict=True)
     table = [

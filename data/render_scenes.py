@@ -77,8 +77,8 @@ class CannotRender(RuntimeError):
 def draw_labels(rng, count, forbidden=frozenset()):
     """`count` different objects in the order in which they enter a scene, as names.
 
-    The shape is drawn first, then the colour, as the real scenes were. No picture on the way, of the first one,
-    two, ... objects, has a label set in `forbidden` (frozensets of names).
+    All objects are equally likely (the real scenes have two objects of one shape a little more often). No picture on
+    the way, of the first one, two, ... objects, has a label set in `forbidden` (frozensets of names).
     """
     while True:
         names = []
@@ -249,7 +249,10 @@ def render_picture(scene, count, size=64):
 
 
 def write_whole(path, write):
-    """Call `write(temporary path)`, then rename, so that `path` is the whole file or is not there."""
+    """Call `write(temporary path)`, then rename, so that `path` is the whole file or is not there.
+
+    The twin of lab6_utils' own, which would bring torch into every process that renders.
+    """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(temporary)
