@@ -13,10 +13,10 @@ leave it to `lab6_utils.find_data`, which renders where it finds no course files
 A scene depends on the seed and its number only, whatever else is rendered and by how many workers. Stopped, the
 same command goes on; a larger --scenes adds to what is there.
 
-How it was made to look like i-CLEVR. Camera, lamps, sun and colours are those of CLEVR's scene file (Johnson et al.
-2017; the positions as in Kubric's CLEVR worker, Greff et al. 2022). The strengths of lamps, sun and surrounding light
-were fitted, by least squares, to mean real pictures of single objects; the size of objects, the square on which they
-stand and the least distance between two are what pictures of 2,500 real scenes show.
+How it was made to look like i-CLEVR. Camera, lamps, sun, their jitter and the colours are those of CLEVR's scene file
+(Johnson et al. 2017; the positions as in Kubric's CLEVR worker, Greff et al. 2022). The strengths of lamps, sun and
+surrounding light were fitted, by least squares, to mean real pictures of single objects; the sizes of objects, the
+square on which they stand and the least distance between two are what pictures of real scenes show.
 benchmarks/render_calibration.py measures what is left between the two.
 """
 
@@ -45,6 +45,7 @@ COLOURS = {
 OBJECTS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 
 CAMERA = (7.48113, -6.50764, 5.34367)  # looks at the origin, z is up
+CAMERA_JITTER = 0.5  # it is moved by up to so much along each axis, from scene to scene
 FOCAL = 35 / 32  # focal length over the width of the film
 #: Lamp -> position, side of the square, radiance (linear RGB). They face the origin.
 LAMPS = {
@@ -54,17 +55,17 @@ LAMPS = {
 }
 SUN = (-11.6608, 6.62799, -25.8232), (0.383, 0.411, 0.425)  # direction of its light, irradiance
 SURROUNDING = (0.058, 0.052, 0.047)  # radiance from everywhere
-JITTER = 1.0  # each lamp is moved by up to so much along each axis, from scene to scene
+LAMP_JITTER = 1.0  # each lamp is moved by up to so much along each axis, from scene to scene
 FLOOR = 0.8  # reflectance
-RADIUS = 0.58  # of spheres and cylinders; half the side of a cube
+SIZE = {"cube": 0.565, "sphere": 0.59, "cylinder": 0.585}  # half the height, and half the side or the radius
 REACH = 3.0  # objects stand within +-REACH along both axes of the floor
 MIN_DISTANCE = 2.4  # between the middles of two objects
 MIN_PIXELS = 200  # of 320x240: what must be seen of each object
 
 #: How many label sets of one, two and three objects the course's files have.
 MAKE_UP = {"test": (6, 12, 14), "new_test": (0, 12, 20)}
-#: Light paths a pixel for the surrounding, and for each lamp and the sun.
-SAMPLES = {64: (6, 6), "native": (25, 9)}
+#: Width and height of what is rendered, and light paths a pixel for the surrounding, and for each lamp and the sun.
+FILM = {64: (192, 144, 1, 1), "native": (320, 240, 25, 9)}
 
 
 class CannotRender(RuntimeError):
@@ -77,15 +78,15 @@ class CannotRender(RuntimeError):
 def draw_labels(rng, count, forbidden=frozenset()):
     """`count` different objects in the order in which they enter a scene, as names.
 
-    All objects are equally likely (the real scenes have two objects of one shape a little more often). No picture on
-    the way, of the first one, two, ... objects, has a label set in `forbidden` (frozensets of names).
+    A shape is drawn first, then a colour in which it is not there yet, so that every shape has a third of the objects,
+    as in the real scenes. No picture on the way, of the first one, two, ... objects, has a label set in `forbidden`
+    (frozensets of names).
     """
     while True:
         names = []
         while len(names) < count:
-            name = f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}"
-            if name not in names:
-                names.append(name)
+            shape = rng.choice(SHAPES)
+            names.append(rng.choice([f"{colour} {shape}" for colour in COLOURS if f"{colour} {shape}" not in names]))
         if not any(frozenset(names[: k + 1]) in forbidden for k in range(count)):
             return names
 
@@ -103,19 +104,19 @@ def draw_test_sets(split):
     return sets
 
 
-def camera_axes():
-    """The camera's right and forward directions on the floor, each (2,)."""
-    forward = -np.array(CAMERA[:2]) / math.hypot(*CAMERA[:2])
-    return np.array([forward[1], -forward[0]]), forward
+def camera_axes(camera):
+    """(2, 2): the directions on the floor to the right of a camera, at `camera` (3,), and forward."""
+    forward = -np.array(camera[:2]) / math.hypot(*camera[:2])
+    return np.array([[forward[1], -forward[0]], forward])
 
 
-def draw_places(rng, count, margin=0.0):
+def draw_places(rng, count, camera=CAMERA, margin=0.0):
     """Places (count, 2) on the floor: the first in the middle, all at least MIN_DISTANCE apart.
 
     margin: two objects are also at least so far apart along the camera's right and its forward direction (CLEVR's
     rule that keeps "left of" and "behind" clear; the real i-CLEVR scenes show no such gap).
     """
-    axes, places = np.stack(camera_axes()), [np.zeros(2)]
+    axes, places = camera_axes(camera), [np.zeros(2)]
     for _ in range(1000 * count):
         if len(places) == count:
             return np.array(places)
@@ -123,19 +124,20 @@ def draw_places(rng, count, margin=0.0):
         apart = place - np.array(places)
         if (np.hypot(*apart.T) >= MIN_DISTANCE).all() and (np.abs(apart @ axes.T) >= margin).all():
             places.append(place)
-    return draw_places(rng, count, margin)  # the first ones left no room: begin again
+    return draw_places(rng, count, camera, margin)  # the first ones left no room: begin again
 
 
 def draw_scene(seed, number, objects, forbidden=frozenset(), margin=0.0):
-    """What scene `number` shows: {labels, places (n, 2), turns (n,) radians, lamps {name: (3,)}}.
+    """What scene `number` shows: {labels, camera (3,), lamps {name: (3,)}, places (n, 2), turns (n,) radians}.
 
     Places are drawn again until every object can be seen (MIN_PIXELS) with all of them there.
     """
     labels = draw_labels(np.random.default_rng([seed, number, 0]), objects, forbidden)
     rng = np.random.default_rng([seed, number, 1])
-    lamps = {name: np.array(place) + rng.uniform(-JITTER, JITTER, 3) for name, (place, _, _) in LAMPS.items()}
+    camera = CAMERA + rng.uniform(-CAMERA_JITTER, CAMERA_JITTER, 3)
+    lamps = {name: place + rng.uniform(-LAMP_JITTER, LAMP_JITTER, 3) for name, (place, _, _) in LAMPS.items()}
     while True:
-        scene = dict(labels=labels, lamps=lamps, places=draw_places(rng, objects, margin),
+        scene = dict(labels=labels, camera=camera, lamps=lamps, places=draw_places(rng, objects, camera, margin),
                      turns=rng.uniform(0, 2 * math.pi, objects))  # fmt: skip
         if count_visible(scene).min() >= MIN_PIXELS:
             return scene
@@ -165,8 +167,8 @@ def describe_objects(scene, count):
     parts = {}
     for i in range(count):
         colour, shape = scene["labels"][i].split()
-        place = to_world().translate([*scene["places"][i], RADIUS])
-        place = place @ to_world().rotate([0, 0, 1], math.degrees(scene["turns"][i])) @ to_world().scale(RADIUS)
+        place = to_world().translate([*scene["places"][i], SIZE[shape]])
+        place = place @ to_world().rotate([0, 0, 1], math.degrees(scene["turns"][i])) @ to_world().scale(SIZE[shape])
         reflectance = {"type": "rgb", "value": [c / 255 for c in COLOURS[colour]]}
         matt = {"type": "twosided", "bsdf": {"type": "diffuse", "reflectance": reflectance}}
         if shape == "cylinder":
@@ -183,37 +185,45 @@ def describe_objects(scene, count):
     return parts
 
 
-def describe_camera(width, height, samples):
+def describe_camera(camera, width, height, samples, jitter=True):
     return {
         "type": "perspective",
         "fov_axis": "x",
         "near_clip": 5.5,  # past the key lamp, which CLEVR's camera does not see, and before any object
         "fov": math.degrees(2 * math.atan(0.5 / FOCAL)),
-        "to_world": load_mitsuba().ScalarTransform4f().look_at(origin=CAMERA, target=[0, 0, 0], up=[0, 0, 1]),
+        "to_world": load_mitsuba().ScalarTransform4f().look_at(origin=camera, target=[0, 0, 0], up=[0, 0, 1]),
         "film": {"type": "hdrfilm", "width": width, "height": height, "pixel_format": "rgb",
                  "rfilter": {"type": "box"}},
-        "sampler": {"type": "multijitter", "sample_count": samples},
+        "sampler": {"type": "multijitter", "sample_count": samples, "jitter": jitter},
     }  # fmt: skip
+
+
+def find_surfaces(scene, count, width, height, jitter=True):
+    """(height, width, 4): which of the first `count` objects each pixel shows, from 0, else -1; and its normal there.
+
+    jitter: at the place through which the first path of that pixel goes, or else in its middle.
+    """
+    mitsuba = load_mitsuba()
+    seen = np.array(mitsuba.render(mitsuba.load_dict({
+        "type": "scene", "integrator": {"type": "aov", "aovs": "place:position,normal:sh_normal"},
+        "sensor": describe_camera(scene["camera"], width, height, 1, jitter), **describe_objects(scene, count),
+    }), seed=0))[..., -6:]  # fmt: skip
+    place, normal = seen[..., :2], seen[..., 3:]
+    nearest = ((place[..., None, :] - scene["places"][:count]) ** 2).sum(-1).argmin(-1)
+    return np.concatenate([np.where(normal.any(-1), nearest, -1)[..., None], normal], -1)
 
 
 def count_visible(scene):
     """(n,) how many pixels of 320x240 show each object, by one ray for each 4x4 pixels."""
-    mitsuba = load_mitsuba()
-    description = {"type": "scene", "integrator": {"type": "aov", "aovs": "index:shape_index"},
-                   "sensor": describe_camera(80, 60, 1), **describe_objects(scene, len(scene["labels"]))}  # fmt: skip
-    world = mitsuba.load_dict(description)
-    seen = np.array(mitsuba.render(world))[..., -1].astype(int).ravel()
-    counts = np.zeros(len(scene["labels"]))
-    for index, shape in enumerate(world.shapes()):
-        counts[int(shape.id().partition("_")[0])] += 16 * np.count_nonzero(seen == index)
-    return counts
+    count = len(scene["labels"])
+    return 16 * (find_surfaces(scene, count, 80, 60)[..., :1] == np.arange(count)).sum((0, 1))
 
 
 def render_picture(scene, count, size=64):
     """The picture with the first `count` objects: uint8 (64, 64, 3), or (240, 320, 3) for size "native"."""
     mitsuba = load_mitsuba()
     to_world = mitsuba.ScalarTransform4f
-    width, height = (320, 240) if size == "native" else (85, 64)
+    width, height, *samples = FILM[size]
     description = {
         "type": "scene",
         "integrator": {"type": "path", "max_depth": 4, "hide_emitters": True},
@@ -221,7 +231,7 @@ def render_picture(scene, count, size=64):
                   "bsdf": {"type": "diffuse", "reflectance": {"type": "rgb", "value": FLOOR}}},
         **describe_objects(scene, count),
     }  # fmt: skip
-    around, direct = (describe_camera(width, height, samples) for samples in SAMPLES[size])
+    around, direct = (describe_camera(scene["camera"], width, height, n) for n in samples)
     rgb = lambda value: {"type": "rgb", "value": list(value)}
     passes = [
         {"sensor": around, "light": {"type": "constant", "radiance": rgb(SURROUNDING)}},
@@ -236,13 +246,31 @@ def render_picture(scene, count, size=64):
     # of several in Mitsuba's list is not. One seed for all pictures: as in i-CLEVR, what an object leaves as it was
     # stays the same.
     linear = sum(np.array(mitsuba.render(mitsuba.load_dict(description | part), seed=0)) for part in passes)
+    if size != "native":
+        linear = shrink(linear, *(find_surfaces(scene, count, width, height, jitter) for jitter in (True, False)))
     srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 0.0031308) ** (1 / 2.4) - 0.055)
-    if size != "native":  # squeezed to a square as the course does, by linear interpolation
-        x = (np.arange(64) + 0.5) * width / 64 - 0.5
-        left = np.floor(x).astype(int).clip(0, width - 2)
-        part = (x - left)[:, None]
-        srgb = srgb[:, left] * (1 - part) + srgb[:, left + 1] * part
     return (255 * srgb).clip(0, 255).round().astype(np.uint8)
+
+
+def shrink(linear, drawn, middle):
+    """(144, 192, 3) to (64, 64, 3) by linear interpolation without antialiasing, as the course's pictures were.
+
+    So objects have hard edges. Not to have the noise of single paths, a point is the mean of the 5x5 pixels around
+    it that show the same surface (`drawn`, where `middle` says what is at the point itself).
+    """
+    height, width, _ = linear.shape
+    y, columns = (np.arange(64) + 0.5) * height / 64 - 0.5, 3 * np.arange(64) + 1
+    small = 0.0
+    for rows, weight in ((np.floor(y).astype(int), 1 - y % 1), (np.floor(y).astype(int) + 1, y % 1)):
+        at = rows[:, None], columns
+        total, number = 1e-6 * linear[at], 1e-6  # a sliver that no path met takes what was seen there
+        for down in range(-2, 3):
+            for right in range(-2, 3):
+                near = (at[0] + down).clip(0, height - 1), (columns + right).clip(0, width - 1)
+                same = (abs(drawn[near] - middle[at]) < 0.5).all(-1, keepdims=True)
+                total, number = total + same * linear[near], number + same
+        small = small + weight[:, None, None] * total / number
+    return small
 
 
 # ── Files ──────────────────────────────────────────────────────────────────────────────────────────────
