@@ -5,7 +5,7 @@
 
 Renders scenes (data/runs/calibration/scenes, kept), trains a ResNet-18 on them alone (kept beside them), and measures
 what it reads in real held-out scenes; what the shipped evaluator, which has seen real scenes only, reads in rendered
-ones; how fast one process renders; and the brightness of both, by rows. On two cores about ten minutes.
+ones; how fast one process renders; and the brightness of both, by rows. On two cores about 45 minutes.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def read(evaluator, dataset):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=1600)
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--scenes", type=int, default=6003)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=11, help="of the rendered scenes")
     args = parser.parse_args()
     real = lab.find_data()
