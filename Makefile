@@ -1,5 +1,6 @@
 # make report   run the notebooks, then write report.html and report.pdf   [PROFILE=quick|shipped|full] [ARGS="--only 04"]
 # make test     run the tests                                               [ARGS="-k schedules"]
+# make submission STUDENT_ID=... NAME=...   what the course wants, from the report made last: zip and weights
 # make lab      JupyterLab on the notebooks
 # make lock     requirements.txt from pyproject.toml                        [ARGS=--upgrade]
 # make clean    remove what is quick to make again (keeps data/ and figures/)
@@ -20,6 +21,10 @@ report: .venv/installed browser
 
 test: .venv/installed browser
 	$(BIN)/python -m pytest $(ARGS)
+
+submission: .venv/installed browser
+	LAB6_STUDENT_ID="$(STUDENT_ID)" LAB6_STUDENT_NAME="$(NAME)" \
+	  $(BIN)/python run_notebooks.py --profile $(PROFILE) --submission
 
 lab: .venv/installed
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
@@ -55,4 +60,4 @@ browser:
 	$(CAN_APT) && echo "installing chromium" && \
 	  { $(APT) chromium fonts-noto-cjk fonts-liberation fonts-dejavu-extra; } >/dev/null 2>&1 || true
 
-.PHONY: help report test lab lock clean browser
+.PHONY: help report submission test lab lock clean browser

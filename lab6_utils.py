@@ -32,6 +32,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,14 +47,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
     ModelMixin,
     SchedulerMixin,
     UNet2DConditionModel,
     UNet2DModel,
+    UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import BaseOutput
@@ -90,13 +94,24 @@ PROFILES = {
 # so few channels and steps it does not learn to carry the noise through, as eps and v ask.
 _MINUTE = dict(patch=4, channels=(48, 64, 96), attention=("none", "cross", "none"), prediction="sample", batch_size=16,
                learning_rate=2e-3, warmup_steps=20, ema_decay=0.99)  # fmt: skip
-#: What the profiles train in place of the preset `tokens`; all other presets are what their reports say.
+#: What the profiles train in place of the preset `tokens`.
 SMALL_TOKENS = {
     "tiny": dict(channels=(8, 16, 16), token_dim=16, norm_groups=8, warmup_steps=2),
     "quick": _MINUTE,
     "shipped": _MINUTE,
     "full": {},
 }
+
+
+def _shrink(preset, profile):
+    """What a profile changes of a preset: in quick and shipped the reports' networks train a little as they are."""
+    if preset == "tokens":
+        return SMALL_TOKENS[profile]
+    if profile == "tiny":
+        channels = tuple(max(8, c // 128 * 8) for c in PRESETS[preset]["channels"])
+        return dict(channels=channels, layers_per_block=1, norm_groups=8, head_dim=8, warmup_steps=0,
+                    autoencoder_channels=(8, 8, 8), autoencoder_epochs=1)  # fmt: skip
+    return {} if profile == "full" else dict(epochs=4, max_images=128, autoencoder_epochs=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +130,22 @@ class Settings:
     device: str = "auto"  # cuda, mps or cpu, chosen in that order
     precision: str = "auto"  # bf16 where the hardware computes in it, else fp32
 
+    # latent diffusion: an autoencoder in front of the denoiser
+    space: str = "pixels"  # pixels or latents: what is noised and denoised
+    autoencoder_channels: tuple[int, ...] = (32, 64, 64)  # by resolution: 64x64, 32x32, and 16x16, that of the latents
+    latent_channels: int = 4
+    autoencoder_epochs: int = 20
+
     # model
     patch: int = 2  # the U-Net sees patch x patch pixels as channels (pixel unshuffle), at 64 / patch
     channels: tuple[int, ...] = (48, 96, 144)
     layers_per_block: int = 1
     attention: tuple[str, ...] = ("none", "none", "cross")  # none, self or cross, by resolution
+    up_attention: tuple[str, ...] = ()  # on the way up, where it differs; also the highest resolution first
     head_dim: int = 32
     norm_groups: int = 16
     scale_shift: bool = True  # adaptive group norm: the embedding scales and shifts, else it is added
-    conditioning: str = "tokens"  # tokens (cross-attention and pooled) or linear
+    conditioning: str = "tokens"  # tokens, multi-hot (these need cross-attention), mlp or linear
     token_dim: int = 128  # width of an object's token
 
     # diffusion
@@ -134,6 +156,8 @@ class Settings:
     prediction: str = "v_prediction"  # epsilon, v_prediction or sample (= x_0)
 
     # training
+    loss_weighting: str = "none"  # none or min-snr, over the times t
+    min_snr_gamma: float = 5.0
     batch_size: int = 32
     epochs: int = 100
     learning_rate: float = 8e-4
@@ -144,13 +168,17 @@ class Settings:
     label_dropout: float = 0.1  # share of labels replaced by the null condition; 0: no guidance possible
     ema_decay: float = 0.999
     flip: bool = False  # mirror half of the images
+    keep: str = "last"  # whose weights the pipeline has: of the last epoch or the best; every: and one each keep_every
+    keep_every: int = 10
     max_images: int = 0  # train on the first so many images; 0: all
     rendered_scenes: int = 300  # how many to render where there are no course files
 
     # sampling and evaluation
     sampler: str = "ddpm"  # its fresh noise lets later steps mend what earlier ones got wrong
     steps: int = 20
+    guidance: str = "classifier-free"  # none, classifier-free, composition, classifier-1 or classifier-2
     guidance_scale: float = 3.0
+    classifier_input: str = "x_0"  # what the classifier is shown: the x_0 that the network predicts, or x_t
     ddpm_images: int = 4  # how many images notebook 04 draws with all T ancestral steps
     seeds: int = 16
     evaluation_sets: int = 0  # evaluate on the first so many label sets; 0: all
@@ -171,14 +199,28 @@ class Settings:
         for name in ("ema_decay", "decay_fraction"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at most 1")
-        if len(self.channels) != len(self.attention):
+        for name in ("attention", "up_attention"):
+            if len(getattr(self, name)) not in (len(self.channels), 0 if name == "up_attention" else -1):
+                raise ValueError(
+                    f"channels={self.channels} and {name}={getattr(self, name)}: give both one entry a resolution"
+                )
+        for name in ("channels", "autoencoder_channels") if self.space == "latents" else ("channels",):
+            if any(c % self.norm_groups for c in getattr(self, name)):
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: each must be divisible by norm_groups={self.norm_groups}"
+                )
+        if (lowest := self.image_size / self.patch / 2 ** (len(self.channels) - 1)) < 1:
             raise ValueError(
-                f"channels={self.channels} and attention={self.attention}: give both one entry a resolution"
+                f"channels={self.channels} with patch={self.patch}: the last of so many resolutions would be {lowest:g}"
             )
-        if any(c % self.norm_groups for c in self.channels):
-            raise ValueError(f"channels={self.channels}: each must be divisible by norm_groups={self.norm_groups}")
-        if self.conditioning != "tokens" and "cross" in self.attention:
-            raise ValueError(f"attention={self.attention}: cross-attention needs conditioning='tokens'")
+        if self.flip and self.space == "latents":
+            raise ValueError("flip=True with space='latents': a mirrored latent is not that of the mirrored picture")
+        crossing = [name for name in ("attention", "up_attention") if "cross" in getattr(self, name)]
+        if crossing and self.conditioning in ("linear", "mlp"):
+            raise ValueError(
+                f"{crossing[0]}={getattr(self, crossing[0])} with conditioning={self.conditioning!r}: cross-attention "
+                "needs conditioning='tokens' or 'multi-hot'"
+            )
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout={self.label_dropout}: must be in [0, 1)")
         if self.steps > self.num_train_timesteps:
@@ -188,6 +230,20 @@ class Settings:
                 "zero_snr=True with prediction='epsilon': at the last step x_t holds no signal, so eps says "
                 "nothing about x_0; use prediction='v_prediction' or 'sample'"
             )
+        if self.zero_snr and self.sampler == "heun":
+            raise ValueError(
+                "sampler='heun' with zero_snr=True: its noise levels would be infinite; use another sampler"
+            )
+        if self.guidance == "classifier-1" and self.sampler != "ddpm":
+            raise ValueError(
+                f"guidance='classifier-1' with sampler={self.sampler!r}: algorithm 1 moves the mean of ancestral "
+                "sampling; use sampler='ddpm', or guidance='classifier-2'"
+            )
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of what is noised: 64, or that of the latents."""
+        return 64 if self.space == "pixels" else 64 // 2 ** (len(self.autoencoder_channels) - 1)
 
     @property
     def runs(self) -> Path:
@@ -207,8 +263,11 @@ class Settings:
 def _allowed():
     """Fields with a fixed choice of values; what the later sections define can be chosen here at once."""
     return {
-        "profile": PROFILES, "preset": PRESETS, "device": ("cuda", "mps", "cpu"), "precision": ("bf16", "fp32"),
+        "profile": PROFILES, "preset": PRESETS, "space": ("pixels", "latents"),
+        "device": ("cuda", "mps", "cpu"), "precision": ("bf16", "fp32"),
         "patch": (1, 2, 4), "attention": ("none", "self", "cross"), "conditioning": CONDITIONINGS,
+        "up_attention": ("none", "self", "cross"), "loss_weighting": ("none", "min-snr"),
+        "keep": ("last", "best", "every"), "guidance": GUIDANCES, "classifier_input": ("x_0", "x_t"),
         "prediction": ("epsilon", "v_prediction", "sample"), "schedule": SCHEDULES, "sampler": SAMPLERS,
     }  # fmt: skip
 
@@ -220,7 +279,8 @@ def _check_type(name, value, expected):
     """Raise ValueError unless `value` has the annotated type (bool is not an int here)."""
     if typing.get_origin(expected) is tuple:
         item = typing.get_args(expected)[0]
-        fits = isinstance(value, tuple) and len(value) > 0 and all(type(v) is item for v in value)
+        full = len(value) > 0 or name == "up_attention" if isinstance(value, tuple) else False
+        fits = full and all(type(v) is item for v in value)
     else:
         fits = type(value) is expected
     if not fits:
@@ -232,11 +292,12 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
     """Settings of a profile and a preset, with overrides.
 
     What is given here wins over the profile, the profile over the preset, the preset over the defaults.
-    The small networks of the short profiles (SMALL_TOKENS) stand in for the preset `tokens` only.
+    The short profiles train small networks, or little (`_shrink`).
 
     Args:
         profile: one of PROFILES, or "auto": full with a CUDA GPU, else quick.
-        overrides: fields of Settings, plain values; lists become tuples, whole numbers become floats.
+        overrides: fields of Settings, plain values; lists become tuples, whole numbers become floats, and None leaves
+            the choice to the profile and the preset.
 
     Raises:
         ValueError: an unknown name or a value that cannot be, in one line.
@@ -245,6 +306,7 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
         profile = "full" if torch.cuda.is_available() else "quick"
     if profile not in list(PROFILES):  # a list: what was given may not be hashable
         raise ValueError(f"profile={profile!r}: choose from auto, {', '.join(PROFILES)}")
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     preset = overrides.get("preset", "tokens")
     if preset not in list(PRESETS):
         raise ValueError(f"preset={preset!r}: choose from {', '.join(PRESETS)}")
@@ -252,7 +314,7 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
         if name not in _TYPES:
             close = difflib.get_close_matches(name, _TYPES, n=1)
             raise ValueError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
-    fills = PROFILES[profile] | (SMALL_TOKENS[profile] if preset == "tokens" else {})
+    fills = PROFILES[profile] | _shrink(preset, profile)
     values = {"device": "auto", "precision": "auto"} | PRESETS[preset] | fills | overrides
     values |= {"profile": profile, "preset": preset}
     if values["device"] == "auto":
@@ -526,6 +588,10 @@ class ICLEVRDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return to_float(self.pixels[index]), self.labels[index]
 
+    def draw(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """x_0 for training: the images of `rows`, (B, 3, 64, 64) in [-1, 1], on the generator's device."""
+        return to_float(self.pixels[rows].to(generator.device))
+
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 0 to 255 -> float32 in [-1, 1], as ToTensor and Normalize(0.5, 0.5) do."""
@@ -613,6 +679,11 @@ def _linear(T, reference):
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)
 
 
+def _linear_rescaled(T, reference):
+    """The same betas times 1000 / T: any T ends at (almost) the noise that T = 1000 has with "linear"."""
+    return torch.cumprod(1 - (torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T).clamp(max=0.999), 0)
+
+
 def _cosine(T, reference):
     """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t / T + s) / (1 + s) * pi / 2), s = 0.008 (Nichol & Dhariwal 2021)."""
     time = torch.arange(T + 1, dtype=torch.float64) / T
@@ -634,7 +705,10 @@ def _shifted_cosine(T, reference):
 
 
 #: Add a schedule here and every notebook knows it: name -> function of (T, reference) giving alpha_bar (T,).
-SCHEDULES = {"linear": _linear, "cosine": _cosine, "sigmoid": _sigmoid, "shifted-cosine": _shifted_cosine}
+SCHEDULES = {
+    "linear": _linear, "linear-rescaled": _linear_rescaled, "cosine": _cosine, "sigmoid": _sigmoid,
+    "shifted-cosine": _shifted_cosine,
+}  # fmt: skip
 
 
 def alphas_bar(schedule: str, T: int = 1000, reference: int = 32, zero_snr: bool = False) -> torch.Tensor:
@@ -680,8 +754,8 @@ def to_x_0(output: torch.Tensor, x_t: torch.Tensor, alpha_bar_t: torch.Tensor, p
 def make_scheduler(settings: Settings) -> DDPMScheduler:
     """The diffusers scheduler that training and ancestral sampling use, for `settings`' schedule.
 
-    All schedules go in as trained_betas; DDPM and DDIM clip x_0 to [-1, 1] on the way; sampling times are spaced
-    "trailing", so that few-step sampling starts at the noisiest step (Lin et al. 2024).
+    All schedules go in as trained_betas; DDPM and DDIM clip pixels of x_0 to [-1, 1] on the way; sampling times are
+    spaced "trailing", so that few-step sampling starts at the noisiest step (Lin et al. 2024).
     """
     alpha_bar = alphas_bar(settings.schedule, settings.num_train_timesteps, settings.schedule_reference)
     beta = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
@@ -691,7 +765,7 @@ def make_scheduler(settings: Settings) -> DDPMScheduler:
         prediction_type=settings.prediction,
         rescale_betas_zero_snr=settings.zero_snr,
         timestep_spacing="trailing",
-        clip_sample=True,
+        clip_sample=settings.space == "pixels",
     )
 
 
@@ -700,6 +774,8 @@ SAMPLERS = {
     "ddpm": (DDPMScheduler, {}),
     "ddim": (DDIMScheduler, {}),
     "dpm-solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
+    "heun": (HeunDiscreteScheduler, {}),  # asks the network twice a step
 }
 
 
@@ -707,6 +783,8 @@ def make_sampler(name: str, scheduler: DDPMScheduler):
     """The sampler `name` of SAMPLERS for the noise schedule of `scheduler`."""
     if name not in SAMPLERS:
         raise ValueError(f"sampler={name!r}: choose from {', '.join(SAMPLERS)}")
+    if name == "heun" and scheduler.config.get("rescale_betas_zero_snr"):
+        raise ValueError("sampler='heun' with zero_snr=True: it would start at infinite noise; use another sampler")
     scheduler_class, options = SAMPLERS[name]
     return scheduler_class.from_config(scheduler.config, **options)
 
@@ -715,17 +793,44 @@ def make_sampler(name: str, scheduler: DDPMScheduler):
 # 4  Denoisers
 # ════════════════════════════════════════════════════════════════════════════════════════════════════
 
+# What all reports share: pixels in, eps out, ancestral sampling, the plain U-Nets of diffusers, Adam. They drop no
+# labels, so there is no classifier-free guidance. The average of the weights, gradient clipping and even spread of t
+# are this workbook's (assumed).
+_REPORT = dict(patch=1, head_dim=8, norm_groups=32, scale_shift=False, layers_per_block=2, schedule="linear",
+               prediction="epsilon", weight_decay=0.0, warmup_steps=0, decay_fraction=0.0, label_dropout=0.0,
+               guidance="none", guidance_scale=1.0)  # fmt: skip
 #: What each system fixes in Settings; a field it leaves out keeps its default.
 PRESETS = {
     # Ours: one token per object into cross-attention, their pooled embedding into the time embedding.
     "tokens": dict(),
-    # Report D: a UNet2DModel that adds Linear(24, 512) of the labels to the time embedding. The average of the
-    # weights, gradient clipping and even spread of t are this workbook's (assumed).
-    "linear-512": dict(
-        patch=1, channels=(128, 128, 256, 256), layers_per_block=2, attention=("none", "none", "none", "self"),
-        head_dim=8, norm_groups=32, scale_shift=False, conditioning="linear", schedule="linear",
-        prediction="epsilon", batch_size=32, epochs=300, learning_rate=1e-4, weight_decay=0.0, warmup_steps=0,
-        decay_fraction=0.0, label_dropout=0.0, guidance_scale=1.0,
+    # Ours in the latents of an autoencoder (4 x 16 x 16), which is trained first.
+    "latent": dict(space="latents", patch=1, channels=(96, 144, 192), attention=("none", "cross", "cross")),
+    # Report A. Assumed: widths, two layers a block, attention in the middle block, linear schedule, Dropout(0.1).
+    "mlp-fusion": _REPORT | dict(
+        channels=(64, 128, 256, 256, 512), attention=("none", "none", "self", "self", "none"),
+        up_attention=("none", "self", "self", "none", "none"),  # the 3rd and 4th block on the way up
+        conditioning="mlp", batch_size=64, epochs=200, learning_rate=1e-4, keep="best",
+    ),
+    # Report B. Assumed: AdamW, its rate, batch and epochs, and that its learning rate falls to zero.
+    "linear-attn": _REPORT | dict(
+        channels=(32, 64, 96, 128), attention=("none", "self", "self", "self"), conditioning="linear",
+        batch_size=32, epochs=100, learning_rate=1e-4, weight_decay=0.01, decay_fraction=1.0,
+    ),
+    # Report C. The blocks that it names attend to themselves; only the middle block attends to the labels.
+    # Assumed: its heads, 32 channels each.
+    "cross-attention": _REPORT | dict(
+        channels=(64, 128, 256), attention=("none", "none", "self"), conditioning="multi-hot", token_dim=24,
+        head_dim=32, batch_size=64, epochs=50, learning_rate=2e-4, keep="every", keep_every=1,
+    ),
+    # Report D: a UNet2DModel that adds Linear(24, 512) of the labels to the time embedding.
+    "linear-512": _REPORT | dict(
+        channels=(128, 128, 256, 256), attention=("none", "none", "none", "self"), conditioning="linear",
+        batch_size=32, epochs=300, learning_rate=1e-4,
+    ),
+    # Its larger model. Assumed: widths.
+    "linear-512-six": _REPORT | dict(
+        channels=(128, 128, 256, 256, 512, 512), attention=("none", "none", "none", "none", "self", "self"),
+        conditioning="linear", batch_size=32, epochs=300, learning_rate=1e-4,
     ),
 }  # fmt: skip
 
@@ -745,6 +850,34 @@ class LinearCondition(nn.Module):
     def forward(self, labels, null):
         pooled = self.linear(labels)
         return (pooled if self.null is None else torch.where(null[:, None], self.null, pooled)), None
+
+
+class MLPCondition(LinearCondition):
+    """`LinearCondition` with three layers, GELU and dropout between them (report A)."""
+
+    def __init__(self, width: int, token_dim: int, null_condition: bool):
+        super().__init__(width, token_dim, null_condition)
+        between = lambda: (nn.GELU(), nn.Dropout(0.1), nn.Linear(width, width))
+        self.linear = nn.Sequential(self.linear, *between(), *between())
+
+
+class MultiHotCondition(nn.Module):
+    """The multi-hot vector itself as the only token for cross-attention (report C); nothing is pooled.
+
+    forward(labels (B, 24), null (B,) bool) -> (None, (B, 1, 24)). Where null, a learned vector stands in.
+    """
+
+    def __init__(self, width: int, token_dim: int, null_condition: bool):
+        super().__init__()
+        if token_dim != len(OBJECTS):
+            raise ValueError(
+                f"token_dim={token_dim} with conditioning='multi-hot': its token has {len(OBJECTS)} numbers"
+            )
+        self.null = nn.Parameter(torch.zeros(token_dim)) if null_condition else None
+
+    def forward(self, labels, null):
+        token = labels if self.null is None else torch.where(null[:, None], self.null.to(labels), labels)
+        return None, token[:, None]
 
 
 class TokenCondition(nn.Module):
@@ -781,14 +914,17 @@ class TokenCondition(nn.Module):
 
 
 #: Ways of telling the network the labels: name -> module (width of the time embedding, token_dim, null_condition).
-CONDITIONINGS = {"tokens": TokenCondition, "linear": LinearCondition}
+CONDITIONINGS = {
+    "tokens": TokenCondition, "multi-hot": MultiHotCondition, "mlp": MLPCondition, "linear": LinearCondition,
+}  # fmt: skip
 
 
 class Denoiser(ModelMixin, ConfigMixin):
     """A U-Net of diffusers and its label conditioning: (x_t, t, labels) -> eps, v or x_0.
 
     The arguments are the fields of Settings with the same names; `null_condition` gives it a learned "no
-    labels" input, which classifier-free guidance needs. Save and load it through `ICLEVRPipeline`.
+    labels" input, which classifier-free guidance needs; of latents, `image_channels` and `image_size` are theirs (the
+    docstrings say (B, 3, 64, 64)). Save and load it through `ICLEVRPipeline`.
     """
 
     @register_to_config
@@ -798,29 +934,32 @@ class Denoiser(ModelMixin, ConfigMixin):
         channels: tuple[int, ...] = (48, 96, 144),
         layers_per_block: int = 1,
         attention: tuple[str, ...] = ("none", "none", "cross"),
+        up_attention: tuple[str, ...] = (),
         head_dim: int = 32,
         norm_groups: int = 16,
         scale_shift: bool = True,
         conditioning: str = "tokens",
         token_dim: int = 128,
         null_condition: bool = True,
+        image_channels: int = 3,
+        image_size: int = 64,
     ):
         super().__init__()
         self.condition = CONDITIONINGS[conditioning](4 * channels[0], token_dim, null_condition)
         prefix = {"none": "", "self": "Attn", "cross": "CrossAttn"}
         shared = dict(
-            sample_size=64 // patch,
-            in_channels=3 * patch**2,
-            out_channels=3 * patch**2,
+            sample_size=image_size // patch,
+            in_channels=image_channels * patch**2,
+            out_channels=image_channels * patch**2,
             block_out_channels=tuple(channels),
             layers_per_block=layers_per_block,
             down_block_types=tuple(f"{prefix[a]}DownBlock2D" for a in attention),
-            up_block_types=tuple(f"{prefix[a]}UpBlock2D" for a in reversed(attention)),
+            up_block_types=tuple(f"{prefix[a]}UpBlock2D" for a in reversed(up_attention or attention)),
             norm_num_groups=norm_groups,
             resnet_time_scale_shift="scale_shift" if scale_shift else "default",
-            class_embed_type="identity",
+            class_embed_type=None if conditioning == "multi-hot" else "identity",
         )
-        if conditioning == "tokens":
+        if conditioning in ("tokens", "multi-hot"):
             # In UNet2DConditionModel this argument is the number of heads, despite its name.
             heads = tuple(max(1, c // head_dim) for c in channels)
             self.unet = UNet2DConditionModel(cross_attention_dim=token_dim, attention_head_dim=heads, **shared)
@@ -855,11 +994,16 @@ class Denoiser(ModelMixin, ConfigMixin):
 
 def make_denoiser(settings: Settings) -> Denoiser:
     """The network of `settings`, initialised from its seed."""
-    names = ("patch", "channels", "layers_per_block", "attention", "head_dim", "norm_groups", "scale_shift",
-             "conditioning", "token_dim")  # fmt: skip
+    names = ("patch", "channels", "layers_per_block", "attention", "up_attention", "head_dim", "norm_groups",
+             "scale_shift", "conditioning", "token_dim")  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        denoiser = Denoiser(**{n: getattr(settings, n) for n in names}, null_condition=settings.label_dropout > 0)
+        denoiser = Denoiser(
+            **{n: getattr(settings, n) for n in names},
+            null_condition=settings.label_dropout > 0,
+            image_channels=3 if settings.space == "pixels" else settings.latent_channels,
+            image_size=settings.image_size,
+        )
     return denoiser.to(settings.device, memory_format=torch.channels_last)
 
 
@@ -884,7 +1028,8 @@ def describe_denoiser(denoiser: Denoiser) -> list[dict]:
     for name, module in parts:
         hooks.append(module.register_forward_hook(lambda m, _, out, name=name: record(name, m, out)))
     with torch.no_grad():
-        x = torch.zeros(1, 3, 64, 64, device=denoiser.device)
+        size = denoiser.config.image_size
+        x = torch.zeros(1, denoiser.config.image_channels, size, size, device=denoiser.device)
         denoiser(x, torch.tensor(0, device=denoiser.device), encode_labels(MANUAL_SET).to(denoiser.device))
     for hook in hooks:
         hook.remove()
@@ -916,6 +1061,61 @@ def label_effect(denoiser: Denoiser, x_0, labels, t: int, alpha_bar, settings: S
     return ((right - wrong).pow(2).mean() / right.pow(2).mean()).sqrt().item()
 
 
+def make_autoencoder(settings: Settings) -> AutoencoderKL:
+    """The autoencoder of latent diffusion (Rombach et al. 2022), initialised from the seed."""
+    channels = settings.autoencoder_channels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        autoencoder = AutoencoderKL(
+            block_out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            up_block_types=("UpDecoderBlock2D",) * len(channels),
+            latent_channels=settings.latent_channels,
+            norm_num_groups=settings.norm_groups,
+            sample_size=64,
+        )
+    return autoencoder.to(settings.device, memory_format=torch.channels_last)
+
+
+def encode(autoencoder: AutoencoderKL, images: torch.Tensor):
+    """Mean and standard deviation of the latents of (B, 3, 64, 64), each (B, latent_channels, 16, 16), scaled so that
+    over the training images each channel has mean 0 and variance 1 (once the autoencoder knows their statistics)."""
+    posterior = autoencoder.encode(images.to(autoencoder.device)).latent_dist
+    mean, scale = _latent_statistics(autoencoder)
+    return (posterior.mean - mean) / scale, posterior.std / scale
+
+
+def decode(autoencoder: AutoencoderKL | None, latents: torch.Tensor) -> torch.Tensor:
+    """Pictures of latents, scaled as by `encode`; without an autoencoder what is given, which then is a picture."""
+    if autoencoder is None:
+        return latents
+    mean, scale = _latent_statistics(autoencoder)
+    return autoencoder.decode(latents.to(autoencoder.dtype) * scale + mean).sample.float()
+
+
+def _latent_statistics(autoencoder):
+    as_tensor = lambda values, default: torch.tensor(values or [default], device=autoencoder.device).view(1, -1, 1, 1)
+    return as_tensor(autoencoder.config.latents_mean, 0.0), as_tensor(autoencoder.config.latents_std, 1.0)
+
+
+class LatentDataset:
+    """Training images as latents, encoded once; `draw` gives a fresh sample of their distribution each time."""
+
+    def __init__(self, dataset: ICLEVRDataset, autoencoder: AutoencoderKL):
+        self.split, self.labels = dataset.split, dataset.labels
+        with torch.no_grad():
+            parts = [encode(autoencoder, to_float(pixels)) for pixels in progress(dataset.pixels.split(64), "encoding")]
+        self.mean, self.std = (torch.cat(v).cpu() for v in zip(*parts, strict=True))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def draw(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """x_0 for training: latents of `rows`, on the generator's device."""
+        mean, std = (v[rows].to(generator.device) for v in (self.mean, self.std))
+        return mean + std * torch.randn(mean.shape, generator=generator, device=generator.device)
+
+
 def count_parameters(module: nn.Module) -> int:
     """Number of trainable numbers in a module."""
     return sum(p.numel() for p in module.parameters())
@@ -934,7 +1134,7 @@ class Epoch:
     epochs: int
     step: int
     images_seen: int
-    loss: float  # mean squared error of the prediction, over the epoch
+    loss: float  # mean squared error of the prediction, weighted as `loss_weights` says, over the epoch
     learning_rate: float
     images_per_s: float
     seconds_left: float
@@ -964,6 +1164,18 @@ def learning_rate(settings: Settings, step: int, total_steps: int) -> float:
     return settings.learning_rate * up * (down if settings.decay_fraction else 1.0)
 
 
+def loss_weights(settings: Settings, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """How much the squared error of the prediction counts at each t, (T,): ones, or min-SNR (Hang et al. 2023).
+
+    min-SNR weighs the error of x_0 by min(SNR, gamma); that of eps is SNR times it, that of v SNR + 1 times.
+    """
+    if settings.loss_weighting == "none":
+        return torch.ones_like(alpha_bar)
+    ratio = snr(alpha_bar)
+    by = {"epsilon": ratio, "v_prediction": ratio + 1, "sample": torch.ones_like(ratio)}[settings.prediction]
+    return ratio.clamp(max=settings.min_snr_gamma) / by
+
+
 def training_batch(settings: Settings, dataset: ICLEVRDataset, scheduler, step: int, part=(0, 1)):
     """Everything random of training step `step`, from (seed, step) alone, so that resuming changes nothing.
 
@@ -978,7 +1190,7 @@ def training_batch(settings: Settings, dataset: ICLEVRDataset, scheduler, step: 
     order = torch.randperm(len(dataset), generator=make_generator(settings.seed, 0, epoch))
     rows = order[position * size : (position + 1) * size]
     g = make_generator(settings.seed, 1, step, device=device)
-    x_0 = to_float(dataset.pixels[rows].to(device))
+    x_0 = dataset.draw(rows, g)
     # One random offset spreads the times evenly over the batch: less noise in the loss (Kingma et al. 2021, app. I).
     spread = (torch.arange(size, device=device) + torch.rand((), generator=g, device=device)) / size
     t = (spread * settings.num_train_timesteps).long().clamp(max=settings.num_train_timesteps - 1)
@@ -998,15 +1210,94 @@ def training_batch(settings: Settings, dataset: ICLEVRDataset, scheduler, step: 
     return {k: v.chunk(count)[rank] for k, v in batch.items()}
 
 
+def train_autoencoder(settings: Settings, dataset: ICLEVRDataset, folder: Path):
+    """Train the autoencoder of latent diffusion in `folder`/autoencoder; a generator of one record an epoch.
+
+    Its loss is the mean absolute error of the pictures, and 1e-6 times the KL divergence of their latents from N(0, I),
+    which keeps them near each other (Rombach et al. 2022). A finished one is left alone, a stopped one goes on; for
+    diffusion of pixels there is nothing to do.
+
+    Yields:
+        dict: epoch, epochs, loss, error (mean absolute, of pictures in [-1, 1]), seconds_left.
+    """
+    folder, device = Path(folder) / "autoencoder", settings.device
+    if settings.space == "pixels" or (folder / "config.json").is_file():
+        return
+    autoencoder = make_autoencoder(settings)
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=1e-3, weight_decay=0.0, fused=device != "mps")
+    size = min(settings.batch_size, len(dataset))
+    steps = len(dataset) // size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps * settings.autoencoder_epochs)
+    parts = dict(model=autoencoder, optimizer=optimizer, schedule=schedule)
+    resumed = folder.with_suffix(".pt")
+    state = torch.load(resumed, map_location=device, weights_only=True) if resumed.exists() else {"history": []}
+    for name, part in parts.items():
+        if name in state:
+            part.load_state_dict(state[name])
+    history, start = state["history"], time.perf_counter()
+    for epoch in range(len(history), settings.autoencoder_epochs):
+        totals = torch.zeros(2, device=device)
+        order = torch.randperm(len(dataset), generator=make_generator(settings.seed, 3, epoch))
+        for step in progress(range(steps), f"autoencoder, epoch {epoch + 1}"):
+            g = make_generator(settings.seed, 4, epoch, step, device=device)
+            images = dataset.draw(order[step * size : (step + 1) * size], g)
+            with autocast(settings):
+                posterior = autoencoder.encode(images).latent_dist
+                noise = torch.randn(posterior.mean.shape, generator=g, device=device)
+                error = (autoencoder.decode(posterior.mean + posterior.std * noise).sample - images).abs().mean()
+            loss = error + 1e-6 * posterior.kl().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            totals += torch.stack([loss.detach(), error.detach()])
+        loss, error = (totals / steps).tolist()
+        spent = (time.perf_counter() - start) / (epoch + 1 - len(state["history"]))
+        record = dict(epoch=epoch + 1, epochs=settings.autoencoder_epochs, loss=loss, error=error,
+                      seconds_left=spent * (settings.autoencoder_epochs - epoch - 1))  # fmt: skip
+        history = [*history, record]
+        saved = {name: part.state_dict() for name, part in parts.items()} | {"history": history}
+        _write_atomically(resumed, lambda temporary, saved=saved: torch.save(saved, temporary))
+        yield record
+    latents = LatentDataset(dataset, autoencoder.eval().requires_grad_(False)).mean
+    autoencoder.register_to_config(
+        latents_mean=latents.mean((0, 2, 3)).tolist(), latents_std=latents.std((0, 2, 3)).tolist()
+    )
+    partial = folder.with_suffix(".partial")
+    autoencoder.save_pretrained(partial)
+    write_json(partial / "history.json", history)
+    partial.rename(folder)
+    resumed.unlink()
+
+
+def load_autoencoder(settings: Settings, folder: Path) -> AutoencoderKL | None:
+    """The autoencoder that `train_autoencoder` left in `folder`; None for diffusion of pixels."""
+    if settings.space == "pixels":
+        return None
+    if not (Path(folder) / "autoencoder" / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no autoencoder in {folder}: train it first, with train_autoencoder (notebook 03 does)"
+        )
+    autoencoder = AutoencoderKL.from_pretrained(Path(folder) / "autoencoder", local_files_only=True)
+    there = tuple(autoencoder.config.block_out_channels), autoencoder.config.latent_channels
+    if there != (settings.autoencoder_channels, settings.latent_channels):
+        raise ValueError(f"{folder} holds an autoencoder of other settings (autoencoder_channels={there[0]}, "
+                         f"latent_channels={there[1]}): name another run (run='...')")  # fmt: skip
+    return autoencoder.to(settings.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
 def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool = True):
     """Train `settings`' denoiser on `dataset`; a generator that yields an `Epoch` after each epoch.
 
     Each epoch is checkpointed in `folder` (checkpoint.pt, history.json, TensorBoard's events), and a later call
     with the same folder goes on where it stopped, bit for bit on one CPU. `epochs` may be changed in between.
-    At the end `folder`/pipeline holds the pipeline with the EMA weights.
+    `folder`/pipeline holds the pipeline with the EMA weights: at the end those of the last epoch, or, with
+    keep="best", those of the epoch with the least loss so far; keep="every" also leaves `folder`/epochs/NNNN.
 
     Raises:
         ValueError: `folder` holds a run of other settings, or the dataset is empty.
+        FileNotFoundError: space="latents" and no autoencoder in `folder`.
     """
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
@@ -1017,6 +1308,9 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
     folder = Path(folder)
     accelerator = Accelerator(cpu=settings.device == "cpu")
     part = (accelerator.process_index, accelerator.num_processes)
+    autoencoder = load_autoencoder(settings, folder)
+    if autoencoder is not None:
+        dataset = LatentDataset(dataset, autoencoder)
     scheduler, denoiser = make_scheduler(settings), make_denoiser(settings)
     optimizer = torch.optim.AdamW(denoiser.parameters(), settings.learning_rate, weight_decay=settings.weight_decay,
                                   fused=settings.device != "mps")  # fmt: skip
@@ -1029,6 +1323,7 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
         ema.load_state_dict(state["ema"])
         history = state["history"]
     ema.to(settings.device)
+    weights = loss_weights(settings, scheduler.alphas_cumprod).to(settings.device)
     network, optimizer = accelerator.prepare(denoiser, optimizer)
     network.train()
 
@@ -1046,9 +1341,11 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
         epoch_start = time.perf_counter()
         for step in progress(range(epoch * steps, (epoch + 1) * steps), f"epoch {epoch + 1}/{settings.epochs}"):
             batch = training_batch(settings, dataset, scheduler, step, part)
-            with autocast(settings):
+            with autocast(settings), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(make_generator(settings.seed, 2, step).initial_seed())  # of dropout
                 prediction = network(batch["x_t"], batch["t"], batch["labels"], batch["null"])
-            loss = F.mse_loss(prediction.float(), batch["target"])
+            errors = (prediction.float() - batch["target"]).pow(2).mean((1, 2, 3))
+            loss = (weights[batch["t"]] * errors).mean()
             accelerator.backward(loss)
             if settings.gradient_clip:
                 accelerator.clip_grad_norm_(network.parameters(), settings.gradient_clip)
@@ -1068,16 +1365,17 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
             seconds_left=(now - start) / (epoch + 1 - done) * (settings.epochs - epoch - 1),
         )  # fmt: skip
         history = [*history, record]
-        pipeline = ICLEVRPipeline(_ema_copy(denoiser, ema), make_scheduler(settings))
+        pipeline = ICLEVRPipeline(_ema_copy(denoiser, ema), make_scheduler(settings), autoencoder)
         if accelerator.is_main_process:
             for name in ("loss", "learning_rate", "images_per_s"):
                 writer.add_scalar(name, record[name], record["step"])
             writer.flush()
-            if epoch + 1 == settings.epochs:  # before the checkpoint: stopped in between, the epoch is done again
-                pipeline.save_pretrained(folder / "pipeline.partial")
-                write_json(folder / "pipeline.partial" / "history.json", history)
-                shutil.rmtree(folder / "pipeline", ignore_errors=True)
-                (folder / "pipeline.partial").rename(folder / "pipeline")
+            # Before the checkpoint: stopped in between, the epoch is done again.
+            best = record["loss"] == min(past["loss"] for past in history)
+            if best if settings.keep == "best" else epoch + 1 == settings.epochs:
+                _save_pipeline(pipeline, folder / "pipeline", history)
+            if settings.keep == "every" and (epoch + 1) % settings.keep_every == 0:
+                _save_pipeline(pipeline, folder / "epochs" / f"{epoch + 1:04d}", history)
             state = dict(settings=dataclasses.asdict(settings), model=denoiser.state_dict(), ema=ema.state_dict(),
                          optimizer=optimizer.state_dict(), history=history)  # fmt: skip
             _write_atomically(folder / "checkpoint.pt", lambda p, s=state: torch.save(s, p))
@@ -1085,9 +1383,19 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
         yield Epoch(**record, pipeline=pipeline)
 
 
+def _save_pipeline(pipeline, folder, history):
+    """Save a pipeline and the history up to it as `folder`, whole, in place of an earlier one."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    pipeline.save_pretrained(partial)
+    write_json(partial / "history.json", history)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
 #: Settings that may change when a run is resumed. `epochs` moves the decay of the learning rate, no step before it.
-_RESUMABLE = {"profile", "run", "device", "precision", "epochs", "sampler", "steps", "guidance_scale",
-              "ddpm_images", "seeds", "evaluation_sets", "evaluator_epochs"}  # fmt: skip
+_RESUMABLE = {"profile", "run", "device", "precision", "epochs", "keep", "keep_every", "sampler", "steps", "guidance",
+              "guidance_scale", "classifier_input", "ddpm_images", "seeds", "evaluation_sets",
+              "evaluator_epochs"}  # fmt: skip
 
 
 def _first_line(error):
@@ -1147,16 +1455,25 @@ class ICLEVROutput(BaseOutput):
     guesses: torch.Tensor | None = None
 
 
+#: How labels may steer the sampling; see `ICLEVRPipeline`.
+BY_CLASSIFIER = ("classifier-1", "classifier-2")
+GUIDANCES = ("none", "classifier-free", "composition", *BY_CLASSIFIER)
+
+
 class ICLEVRPipeline(DiffusionPipeline):
     """Labels in, pictures out: `pipe(["red sphere", "cyan cube"], guidance_scale=2.0).images[0]`.
 
-    Components: denoiser (`Denoiser`) and scheduler (any of diffusers' that fits; see `make_sampler`). Saved
-    and loaded in diffusers' manner, by save_pretrained and from_pretrained.
+    Components: denoiser (`Denoiser`), scheduler (any of diffusers' that fits; see `make_sampler`) and, for diffusion
+    of latents, autoencoder. Saved and loaded in diffusers' manner, by save_pretrained and from_pretrained. Whoever
+    guides by a classifier sets the attribute `classifier`, an `Evaluator`, which is not saved.
     """
 
-    def __init__(self, denoiser: Denoiser, scheduler: SchedulerMixin):
+    _optional_components: typing.ClassVar = ["autoencoder"]
+
+    def __init__(self, denoiser: Denoiser, scheduler: SchedulerMixin, autoencoder: AutoencoderKL | None = None):
         super().__init__()
-        self.register_modules(denoiser=denoiser, scheduler=scheduler)
+        self.register_modules(denoiser=denoiser, scheduler=scheduler, autoencoder=autoencoder)
+        self.classifier = None
 
     @torch.no_grad()
     def __call__(
@@ -1164,6 +1481,8 @@ class ICLEVRPipeline(DiffusionPipeline):
         labels,
         num_inference_steps: int = 20,
         guidance_scale: float = 1.0,
+        guidance: str = "classifier-free",
+        classifier_input: str = "x_0",
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -1174,56 +1493,115 @@ class ICLEVRPipeline(DiffusionPipeline):
 
         Args:
             labels: a label set, a list of them, or (B, 24) multi-hot.
-            num_inference_steps: steps of the scheduler. A step is one pass of the network over the batch, or over
-                the batch twice (with and without labels, in one pass) when guidance is on.
-            guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond) (Ho & Salimans 2022); 1 is off and costs no
+            num_inference_steps: steps of the scheduler. A step is one pass of the network over the batch (two with
+                the sampler heun), or over the batch twice (with and without labels, in one pass) when guidance is on.
+            guidance_scale: s, how strong the guidance is.
+            guidance: one of GUIDANCES.
+                "none": the labelled prediction as it is.
+                "classifier-free": eps_uncond + s (eps_cond - eps_uncond) (Ho & Salimans 2022); 1 is off and costs no
                 second half, 0 ignores the labels. The same formula serves for v and x_0, which are affine in eps.
+                "composition": eps_uncond + s sum_i (eps_i - eps_uncond), where eps_i is told of object i alone (Liu et
+                al. 2022); a pass for each object and one without labels.
+                "classifier-1", "classifier-2": algorithms 1 and 2 of Dhariwal & Nichol 2021: s times the gradient of
+                log p(labels | x_t) moves the mean of an ancestral step, or eps; 0 is off.
+            classifier_input: what the classifier is shown, "x_0" (as predicted at x_t, with the gradient through the
+                network, in the same pass) or "x_t", which it was not trained on.
             generator: one, or one for each picture, which makes a picture independent of its batch.
             output_type: "pil" or "pt" ((B, 3, 64, 64) float32 in [-1, 1], on the CPU).
             return_process: also return the states on the way (see `ICLEVROutput`).
             callback_on_step_end: called as f(pipe, step, t, {"x_t": x_t}).
         """
-        if output_type not in ("pil", "pt"):
-            raise ValueError(f"output_type={output_type!r}: choose pil or pt")
+        for name, value, allowed in (("output_type", output_type, ("pil", "pt")), ("guidance", guidance, GUIDANCES),
+                                     ("classifier_input", classifier_input, ("x_0", "x_t"))):  # fmt: skip
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: choose from {', '.join(allowed)}")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
+        if guidance in BY_CLASSIFIER and self.classifier is None:
+            raise ValueError(f"guidance={guidance!r} needs a classifier: set pipe.classifier to an Evaluator")
+        if guidance == "classifier-1" and not isinstance(self.scheduler, DDPMScheduler):
+            raise ValueError("guidance='classifier-1' moves the mean of ancestral sampling: use sampler='ddpm'")
         labels = labels if isinstance(labels, torch.Tensor) else encode_labels(labels)
         labels = labels.to(self.device)
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ValueError(f"{len(generator)} generators for {len(labels)} label sets: give one for each")
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        x_t = randn_tensor((len(labels), 3, 64, 64), generator=generator, device=self.device)
+        channels, size = self.denoiser.config.image_channels, self.denoiser.config.image_size
+        x_t = randn_tensor((len(labels), channels, size, size), generator=generator, device=self.device)
         x_t = x_t * self.scheduler.init_noise_sigma
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
         process, guesses = [], []
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            prediction = self._guided(self.scheduler.scale_model_input(x_t, t), t, labels, guidance_scale)
-            stepped = self.scheduler.step(prediction.float(), t, x_t, **extra)
+            seen = self.scheduler.scale_model_input(x_t, t)  # x_t as the network knows it
+            if guidance in BY_CLASSIFIER:
+                prediction, gradient = self._classify(seen, t, labels, classifier_input)
+                if guidance == "classifier-2":
+                    prediction = prediction - guidance_scale * self._eps_to_prediction(gradient, t)
+            else:
+                prediction, gradient = self._guided(seen, t, labels, guidance, guidance_scale).float(), None
+            stepped = self.scheduler.step(prediction, t, x_t, **extra)
             if return_process:
-                guess = getattr(stepped, "pred_original_sample", None)
-                if guess is None:  # the multistep solvers keep it to themselves
-                    alpha_bar_t = self.scheduler.alphas_cumprod[int(t)].to(x_t)
-                    guess = to_x_0(prediction.float(), x_t, alpha_bar_t, self.scheduler.config.prediction_type)
-                process.append(x_t.cpu())
-                guesses.append(guess.cpu())
+                guess = to_x_0(prediction, seen, self._alpha_bar(t), self.scheduler.config.prediction_type)
+                process.append(decode(self.autoencoder, seen).cpu())
+                guesses.append(decode(self.autoencoder, guess).cpu())
             x_t = stepped.prev_sample
+            if guidance == "classifier-1":
+                x_t = x_t + guidance_scale * self._variance(t) * gradient
             if callback_on_step_end is not None:
                 callback_on_step_end(self, i, t, {"x_t": x_t})
-        images = x_t.clamp(-1, 1).float().cpu()
+        images = decode(self.autoencoder, x_t).clamp(-1, 1).float().cpu()
         states = [torch.stack([*s, images]) for s in (process, guesses)] if return_process else [None, None]
         output = ICLEVROutput(to_pil(images) if output_type == "pil" else images, *states)
         return output if return_dict else output.to_tuple()
 
-    def _guided(self, x_t, t, labels, scale):
+    def _guided(self, x_t, t, labels, guidance, scale):
+        """The network's prediction, guided by itself."""
         null = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-        if scale == 1:
+        if guidance == "composition":
+            slots = int(labels.sum(1).max())
+            present, index = (v[:, :slots] for v in labels.sort(dim=1, descending=True, stable=True))
+            single = F.one_hot(index.T, len(OBJECTS)).to(labels)  # (slots, B, 24)
+            every = torch.cat([labels, single.flatten(0, 1)])
+            outputs = self.denoiser(x_t.repeat(slots + 1, 1, 1, 1), t, every, torch.cat([~null, null.repeat(slots)]))
+            uncond, *parts = outputs.float().chunk(slots + 1)
+            there = present.T.view(slots, -1, 1, 1, 1)
+            return uncond + scale * (there * (torch.stack(parts) - uncond)).sum(0)
+        if guidance != "classifier-free" or scale == 1:
             return self.denoiser(x_t, t, labels, null)
         if scale == 0:
             return self.denoiser(x_t, t, labels, ~null)
         both = self.denoiser(x_t.repeat(2, 1, 1, 1), t, labels.repeat(2, 1), torch.cat([~null, null]))
         uncond, cond = both.float().chunk(2)
         return uncond + scale * (cond - uncond)
+
+    @torch.enable_grad()
+    def _classify(self, x_t, t, labels, shown):
+        """The network's prediction at x_t and the gradient there of log p(labels | x_t); zero where x_t is noise."""
+        x_t = x_t.detach().requires_grad_()
+        prediction = self.denoiser(x_t, t, labels).float()
+        alpha_bar_t = self._alpha_bar(t)
+        x_0 = to_x_0(prediction, x_t, alpha_bar_t, self.scheduler.config.prediction_type)
+        pictures = decode(self.autoencoder, x_0).clamp(-1, 1) if shown == "x_0" else decode(self.autoencoder, x_t)
+        log_p = self.classifier.log_probability(pictures, labels)
+        gradient = torch.autograd.grad(log_p.sum(), x_t)[0]
+        return prediction.detach(), gradient * (alpha_bar_t > 1e-4)
+
+    def _alpha_bar(self, t):
+        return self.scheduler.alphas_cumprod.to(t.device)[t.round().long()]
+
+    def _eps_to_prediction(self, gradient, t):
+        """What a change of eps by sqrt(1 - alpha_bar_t) `gradient` is in what the network predicts."""
+        alpha_bar_t = self._alpha_bar(t)
+        a, b = alpha_bar_t.sqrt().clamp(min=1e-6), (1 - alpha_bar_t).sqrt()
+        factor = {"epsilon": b, "v_prediction": b / a, "sample": -(b**2) / a}
+        return factor[self.scheduler.config.prediction_type] * gradient
+
+    def _variance(self, t):
+        """Of an ancestral step (Ho et al. 2020, eq. 7)."""
+        now, before = self._alpha_bar(t), self.scheduler.previous_timestep(t)
+        before = self._alpha_bar(before) if before >= 0 else torch.ones_like(now)
+        return (1 - before) / (1 - now) * (1 - now / before)
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
@@ -1272,11 +1650,12 @@ def sample(pipe: ICLEVRPipeline, label_sets, settings: Settings, seed: int = 0, 
     """Pictures of `label_sets`: (B, 3, 64, 64) in [-1, 1]; the same seed gives picture i the same noise.
 
     Args:
-        overrides: arguments of the pipeline, in place of `settings`' steps and guidance_scale.
+        overrides: arguments of the pipeline, in place of `settings`' steps and guidance.
     """
     labels = label_sets if isinstance(label_sets, torch.Tensor) else encode_labels(label_sets)
     generators = [make_generator(seed, i) for i in range(len(labels))]
-    options = dict(num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale) | overrides
+    options = {name: getattr(settings, name) for name in ("guidance", "guidance_scale", "classifier_input")}
+    options |= dict(num_inference_steps=settings.steps) | overrides
     pipe.set_progress_bar_config(disable=True)
     images = []
     for i in range(0, len(labels), 64):
@@ -1303,8 +1682,38 @@ def sample_seeds(pipe: ICLEVRPipeline, label_sets, settings: Settings, **overrid
 def sample_process(pipe: ICLEVRPipeline, label_set, settings: Settings, seed: int = 0):
     """One picture on its way: (x_t, guesses of x_0), each (steps + 1, 3, 64, 64), noise first, picture last."""
     with autocast(settings):
-        output = pipe(label_set, settings.steps, settings.guidance_scale, make_generator(seed, 0), return_process=True)
+        output = pipe(label_set, settings.steps, settings.guidance_scale, settings.guidance, settings.classifier_input,
+                      make_generator(seed, 0), return_process=True)  # fmt: skip
     return output.process[:, 0], output.guesses[:, 0]
+
+
+def guidance_kind(settings: Settings) -> str:
+    """`settings.guidance`, or "none" where its scale turns it off."""
+    by_classifier = settings.guidance in BY_CLASSIFIER
+    return "none" if settings.guidance_scale == (0 if by_classifier else 1) else settings.guidance
+
+
+def describe_guidance(kind: str, scale: float | None) -> str:
+    """ "none", "s = 3" (classifier-free) or "composition, s = 3"."""
+    if kind == "none" or scale is None:
+        return "none"
+    return f"s = {scale:g}" if kind == "classifier-free" else f"{kind}, s = {scale:g}"
+
+
+def samplers_for(pipe: ICLEVRPipeline, settings: Settings) -> list[str]:
+    """The samplers that go with a pipeline's noise schedule and with `settings.guidance`."""
+    names = ["ddpm"] if settings.guidance == "classifier-1" else list(SAMPLERS)
+    return [name for name in names if name != "heun" or not pipe.scheduler.config.get("rescale_betas_zero_snr")]
+
+
+def count_evaluations(settings: Settings, labels: torch.Tensor) -> int:
+    """How often the network is asked for each picture of a batch with `labels` (B, 24); a pass backward, for the
+    gradient of a classifier, is not counted."""
+    steps = 2 * settings.steps - 1 if settings.sampler == "heun" else settings.steps
+    kind = guidance_kind(settings)
+    if kind == "composition":
+        return steps * (1 + int(labels.sum(1).max()))
+    return steps * (2 if kind == "classifier-free" and settings.guidance_scale != 0 else 1)
 
 
 def save_pictures(images: torch.Tensor, folder: Path):
@@ -1320,12 +1729,16 @@ def save_pictures(images: torch.Tensor, folder: Path):
 # ════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def _resnet18():
-    """The course's evaluator network: ResNet-18 with 24 sigmoid outputs."""
-    from torchvision.models import resnet18
+#: Who reads pictures -> torchvision's network. "resnet18" is the course's; the judge has nothing of it but the task.
+READERS = {"resnet18": "resnet18", "judge": "regnet_y_400mf"}
 
-    network = resnet18(weights=None)
-    network.fc = nn.Sequential(nn.Linear(512, len(OBJECTS)), nn.Sigmoid())
+
+def _make_reader(name):
+    """The network of an evaluator, with 24 sigmoid outputs."""
+    from torchvision import models
+
+    network = getattr(models, READERS[name])(weights=None)
+    network.fc = nn.Sequential(nn.Linear(network.fc.in_features, len(OBJECTS)), nn.Sigmoid())
     return network
 
 
@@ -1333,7 +1746,7 @@ class Evaluator:
     """Reads which objects are in a picture, and scores pictures by the course's protocol.
 
     Attributes:
-        name: "course" (its checkpoint.pth) or "resnet18" (ours, the same network and protocol).
+        name: "course" (its checkpoint.pth), "resnet18" (ours, the same network and protocol) or "judge".
         sha256: hash of the weights file, first 16 digits.
     """
 
@@ -1350,18 +1763,21 @@ class Evaluator:
         Raises:
             FileNotFoundError, ValueError: naming the file and what is wrong with it.
         """
-        from safetensors.torch import load_file
+        from safetensors import safe_open
 
         path = Path(path)
         file = path / "model.safetensors" if path.is_dir() else path
         if not file.is_file():
             raise FileNotFoundError(f"No evaluator at {file}: train one in 05_evaluation with train_evaluator")
-        network = _resnet18()
+        name = "course"
         try:
             if file.suffix == ".safetensors":
-                state = load_file(file)
+                with safe_open(file, "pt") as opened:
+                    name = (opened.metadata() or {}).get("reader", "resnet18")
+                    state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True)["model"]
+            network = _make_reader("resnet18" if name == "course" else name)
             network.load_state_dict(state)
         except Exception as error:
             raise ValueError(
@@ -1369,7 +1785,7 @@ class Evaluator:
                 f"dict under 'model'; {type(error).__name__}). Get the file again, or remove it: without the course's "
                 "checkpoint.pth ours is used."
             ) from None
-        return cls(network, "resnet18" if file.suffix == ".safetensors" else "course", sha256_of(file), device)
+        return cls(network, name, sha256_of(file), device)
 
     @classmethod
     def find(cls, files: DataFiles | None = None, device: str = "cpu") -> Evaluator:
@@ -1382,6 +1798,15 @@ class Evaluator:
         """(B, 3, 64, 64) in [-1, 1] -> (B, 24) probabilities on the CPU, in batches of 256."""
         with torch.no_grad():
             return torch.cat([self.network(x.to(self.device)).float().cpu() for x in images.split(256)])
+
+    def log_probability(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(B,) log p(labels | image), with gradients: of the objects asked for log sigma, of the others log(1 - sigma).
+
+        Computed from the network's outputs before the sigmoid, which a sure answer would round to 0 or 1.
+        """
+        *body, head = self.network.children()
+        logits = head[0](nn.Sequential(*body, nn.Flatten())(images.float()))
+        return -F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").sum(1)
 
     def eval(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """The course's accuracy: of all labels of the batch, the share found (see `count_hits`)."""
@@ -1509,14 +1934,25 @@ def prepare_evaluator(settings: Settings, files: DataFiles, choice: str = "auto"
     trained here, unless it has been); or the one at the path `choice`."""
     if choice != "auto":
         return Evaluator.load(choice, settings.device)
-    folder = settings.runs / settings.profile / "evaluator"
-    if settings.profile not in ("full", "tiny") or (files.root / "checkpoint.pth").is_file():
+    if (files.root / "checkpoint.pth").is_file():
         return Evaluator.find(files, settings.device)
+    return _load_or_train(settings, files, "evaluator", "resnet18")
+
+
+def prepare_judge(settings: Settings, files: DataFiles) -> Evaluator:
+    """The judge, which nothing is guided, chosen or stopped by: ours that ships, or as `prepare_evaluator` trains."""
+    return _load_or_train(settings, files, "judge", "judge")
+
+
+def _load_or_train(settings, files, folder, reader):
+    if settings.profile not in ("full", "tiny"):
+        return Evaluator.load(WEIGHTS / folder, settings.device)
+    folder = settings.runs / settings.profile / folder
     if not (folder / "model.safetensors").is_file():
-        held_out = ICLEVRDataset(files, "held-out")
-        for record in train_evaluator(settings, ICLEVRDataset(files, "train", settings.max_images), folder, held_out):
+        dataset, held_out = ICLEVRDataset(files, "train", settings.max_images), ICLEVRDataset(files, "held-out")
+        for record in train_evaluator(settings, dataset, folder, held_out, reader):
             accuracy = "none here" if record["accuracy"] is None else f"{record['accuracy']:.4f}"
-            print(f"epoch {record['epoch']}/{record['epochs']}  evaluator loss {record['loss']:.4f}, "
+            print(f"epoch {record['epoch']}/{record['epochs']}  {reader} loss {record['loss']:.4f}, "
                   f"held-out accuracy {accuracy}  {format_seconds(record['seconds_left'])} left")  # fmt: skip
     return Evaluator.load(folder, settings.device)
 
@@ -1537,25 +1973,33 @@ def print_course_result(evaluation: Evaluation, split: str, seed: int = 0):
     print(f"{split}: accuracy {accuracy:.4f} ({found} of {asked} labels), grade {grade(accuracy)}")
 
 
-def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, held_out: ICLEVRDataset | None = None):
-    """Train our ResNet-18 evaluator and save it in `folder`; yields a record per epoch.
+def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, held_out: ICLEVRDataset | None = None,
+                    reader: str = "resnet18"):  # fmt: skip
+    """Train our evaluator and save it in `folder`; yields a record per epoch.
 
     The course's evaluator was trained at 64x64 upsampled from 32x32, and generated pictures are a little soft:
     half of each batch goes through 32x32. Flips, shifts, zoom, brightness and noise are varied too; hue is not,
     since colour is what the labels say. AdamW, one cycle of the learning rate (Smith & Topin 2018).
 
+    The judge is there to read what the evaluator was used to make, to choose or to stop. So it is another network,
+    varied in other ways (see `_augment_for_judge`), and leaves out every fifth scene, where the evaluator sees all.
+
     Args:
         settings: `evaluator_epochs`, `seed`, `device`, `precision` are used.
         dataset: real images; held_out: scored after each epoch, for the eye only, never for selection.
+        reader: "resnet18" or "judge".
 
     Yields:
         dict: epoch, epochs, loss, images_per_s, seconds_left, and accuracy (course's, held out) or None.
     """
-    device, batch, epochs = settings.device, min(64, len(dataset)), settings.evaluator_epochs
-    steps = len(dataset) // batch
+    device, epochs, judge = settings.device, settings.evaluator_epochs, reader == "judge"
+    rows = [i for i in range(len(dataset)) if not judge or int(scene_of(dataset.names[i])) % 5]
+    rows, batch = torch.tensor(rows), min(64, len(rows))
+    vary = _augment_for_judge if judge else _augment
+    steps = len(rows) // batch
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        network = _resnet18()
+        torch.manual_seed(settings.seed + judge)
+        network = _make_reader(reader)
     network = network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps * epochs, pct_start=0.2)
@@ -1563,12 +2007,12 @@ def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, he
     for epoch in range(epochs):
         network.train()
         network.fc[1] = nn.Identity()  # the loss is surer on logits
-        order = torch.randperm(len(dataset), generator=make_generator(settings.seed, epoch))
+        order = rows[torch.randperm(len(rows), generator=make_generator(settings.seed + judge, epoch))]
         total = torch.zeros((), device=device)
-        for step in progress(range(steps), f"evaluator, epoch {epoch + 1}"):
+        for step in progress(range(steps), f"{reader}, epoch {epoch + 1}"):
             index = order[step * batch : (step + 1) * batch]
             images = to_float(dataset.pixels[index]).to(device)
-            images = _augment(images, make_generator(settings.seed, epoch, step))
+            images = vary(images, make_generator(settings.seed + judge, epoch, step))
             with autocast(settings):
                 logits = network(images.contiguous(memory_format=torch.channels_last))
             loss = F.binary_cross_entropy_with_logits(logits.float(), dataset.labels[index].to(device))
@@ -1581,14 +2025,14 @@ def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, he
         spent = time.perf_counter() - start
         accuracy = None
         if held_out is not None and len(held_out):
-            accuracy = Evaluator(network, "resnet18", device=device).eval(to_float(held_out.pixels), held_out.labels)
+            accuracy = Evaluator(network, reader, device=device).eval(to_float(held_out.pixels), held_out.labels)
             network.requires_grad_(True)
         record = dict(epoch=epoch + 1, epochs=epochs, images_seen=(epoch + 1) * steps * batch,
                       loss=total.item() / steps, accuracy=accuracy, images_per_s=(epoch + 1) * steps * batch / spent,
                       seconds_left=spent / (epoch + 1) * (epochs - epoch - 1))  # fmt: skip
         history.append(record)
         yield record
-    _save_weights(network, Path(folder) / "model.safetensors")
+    _save_weights(network, Path(folder) / "model.safetensors", reader)
     write_json(Path(folder) / "history.json", history)
 
 
@@ -1610,13 +2054,34 @@ def _augment(images, generator):
     return images * draw(0.85, 1.15) + draw(-0.1, 0.1) + noise * draw(0, 0.06)
 
 
-def _save_weights(network, file):
+def _augment_for_judge(images, generator):
+    """Vary place, light, sharpness and a hidden patch of (B, 3, 64, 64); each image its own way.
+
+    Light is a power of the brightness and a slope across the picture, softness a blur with three pixels, and the place
+    a shift by whole pixels; `_augment` has none of these.
+    """
+    device, count = images.device, len(images)
+    draw = lambda low, high: torch.empty(count, 1, 1, 1).uniform_(low, high, generator=generator).to(device)
+    images = torch.where(draw(0, 1) < 0.5, images.flip(3), images)
+    moved = F.pad(images, (4, 4, 4, 4), mode="replicate")
+    y, x = (torch.randint(0, 9, (count, 1), generator=generator) + torch.arange(64) for _ in range(2))
+    images = moved[torch.arange(count)[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+    soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    images = images + draw(0, 1) * (soft - images)
+    slope = draw(-0.1, 0.1) * torch.linspace(-1, 1, 64, device=device)
+    images = 2 * ((images + 1) / 2).clamp(1e-3, 1) ** draw(0.8, 1.25) - 1 + slope
+    place, rows = draw(0, 64), torch.arange(64, device=device).view(1, 1, 64, 1)
+    hidden = ((rows - place).abs() < 4) & ((rows.transpose(2, 3) - draw(0, 64)).abs() < 4)
+    return torch.where(hidden, draw(-0.3, 0.3), images)
+
+
+def _save_weights(network, file, reader="resnet18"):
     """Write a state dict as safetensors: matrices in bf16, vectors (biases, norms) in float32."""
     from safetensors.torch import save_file
 
     half = {k: v.to(torch.bfloat16) if v.ndim > 1 else v for k, v in network.state_dict().items()}
     half = {k: v.detach().cpu().contiguous() for k, v in half.items()}
-    _write_atomically(file, lambda temporary: save_file(half, temporary))
+    _write_atomically(file, lambda temporary: save_file(half, temporary, {"reader": reader}))
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1789,8 +2254,6 @@ def result_record(settings: Settings, pipe: ICLEVRPipeline | None, split: str, s
                   seconds_per_64: float | None = None) -> dict:  # fmt: skip
     """A measurement in the form of results.json; `pipe` None means the data's own images in place of drawn ones."""
     drawn = pipe is not None
-    guided = drawn and settings.guidance_scale != 1
-    passes = 2 if guided and settings.guidance_scale != 0 else 1
     return {
         "system": settings.preset if drawn else "real images" if files.source == "course files" else files.source,
         "weights_sha256": pipe.weights_sha256 if drawn else None,
@@ -1801,9 +2264,9 @@ def result_record(settings: Settings, pipe: ICLEVRPipeline | None, split: str, s
         "evaluator_sha256": score.sha256,
         "sampler": settings.sampler if drawn else None,
         "steps": settings.steps if drawn else None,
-        "evaluations": settings.steps * passes if drawn else None,
+        "evaluations": count_evaluations(settings, score.labels) if drawn else None,
         "guidance": {
-            "kind": "classifier-free" if guided else "none",
+            "kind": guidance_kind(settings) if drawn else "none",
             "scale": settings.guidance_scale if drawn else None,
         },
         "seeds": len(score.probabilities) if drawn else None,
@@ -1819,17 +2282,40 @@ def results_table(rows: list[dict]) -> str:
     for r in rows:
         spans = ["–" if r[k] is None else "{:.3f} to {:.3f}".format(*r[k]) for k in ("ci95_seeds", "ci95_sets")]
         how = f"{r['sampler']}, {r['steps']} steps" if r["sampler"] else "–"
-        guidance = f"s = {r['guidance']['scale']:g}" if r["guidance"]["scale"] is not None else "–"
+        guidance = describe_guidance(**r["guidance"]) if r["sampler"] else "–"
         cells = [r["split"], f"**{r['accuracy']:.4f}**", *spans, how, guidance, r["seeds"] or "–", r["evaluator"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
+def name_of(preset: str, choices: dict) -> str:
+    """A name for a training run, from what was chosen: fit for a folder, the same for the same choices."""
+    parts = [preset, *(f"{name}={value}" for name, value in sorted(choices.items()))]
+    return re.sub(r"[^\w=.-]+", "_", ",".join(parts).replace(",", "+")).strip("_")
+
+
+def load_results(settings: Settings, kind: str = "results") -> list[dict]:
+    """The measurements of settings.figures/results.json; for the folder quick/ also those of the folder above.
+
+    kind: "results" of the workbook's model, or "experiments", which have the key `experiment`.
+    """
+    folders = [settings.figures, *([settings.figures.parent] if settings.figures.name == "quick" else [])]
+    files = [folder / "results.json" for folder in folders]
+    return [
+        row for file in files if file.exists() for row in json.loads(file.read_text(encoding="utf-8")).get(kind, [])
+    ]
+
+
 def save_result(settings: Settings, record: dict):
-    """Add a measurement to settings.figures/results.json; the same measurement made again takes its place."""
+    """Add a measurement to settings.figures/results.json; the same measurement made again takes its place.
+
+    One with the key `experiment`, its choices, goes into a list of its own, and takes the place of the last one with
+    the same choices, whatever weights they gave.
+    """
     path = settings.figures / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": 1, "results": []}
     record = record | {"device": device_name(settings), "commit": commit()}
-    same = ("system", "weights_sha256", "data", "split", "evaluator_sha256", "sampler", "steps", "guidance", "seeds")
-    results = [r for r in results if any(r.get(name) != record.get(name) for name in same)]
-    write_json(path, {"schema": 1, "results": [*results, record]})
+    kind, what = ("experiments", "experiment") if "experiment" in record else ("results", "weights_sha256")
+    same = (what, "system", "data", "split", "evaluator_sha256", "sampler", "steps", "guidance", "seeds")
+    rows = [r for r in content.get(kind, []) if any(r.get(name) != record.get(name) for name in same)]
+    write_json(path, content | {kind: [*rows, record]})

@@ -5,11 +5,16 @@
     python run_notebooks.py --profile shipped            tiny, quick, shipped, full, or auto (the default)
     python run_notebooks.py --only 04 -p split=test -p guidance_scale=3
     python run_notebooks.py --report                     only the report, from notebooks that ran before
+    python run_notebooks.py --only 03 --sweep preset=tokens,linear-attn seed=0,1,2        every combination
+    LAB6_STUDENT_ID=... LAB6_STUDENT_NAME=... python run_notebooks.py --submission         what the course wants
 
 `-p name=value` sets a variable of the cell tagged `parameters` in every chosen notebook that has it; unknown
 names and wrong types are refused before anything runs. Executed notebooks go to
 data/runs/notebooks/PROFILE/ (as NN_name.partial.ipynb until all of it ran) with a status.json beside them;
 the report goes to the profile's figures folder. The run stops at the first failing notebook.
+
+A sweep runs the chosen notebooks once for each combination, into sweep/ in that folder, makes no report, and goes on
+past a failing one. Said again, it does what is not done yet; delete a combination's notebook to have it done again.
 
 Exit status: 0 all ran, 1 a notebook failed, 2 a request that cannot be carried out, 130 interrupted.
 """
@@ -22,6 +27,7 @@ import datetime
 import difflib
 import html
 import io
+import itertools
 import json
 import os
 import re
@@ -31,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -83,6 +90,12 @@ def parse_value(text, default):
     """`text` as a value of the type of `default`. Raises ValueError or SyntaxError where it is not one."""
     if isinstance(default, str):
         return text
+    if default is None:  # a setting that the preset chooses; lab6_utils knows its type
+        try:
+            value = {"true": True, "false": False}.get(text.lower()) if text.isalpha() else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = None
+        return text if value is None else list(value) if isinstance(value, tuple) else value
     if isinstance(default, list) and not text.lstrip().startswith("["):
         return [parse_value(part.strip(), default[0] if default else "") for part in text.split(",")]
     words = {"true": True, "false": False}
@@ -91,7 +104,7 @@ def parse_value(text, default):
         value = float(value)
     if isinstance(default, list) and default:
         value = [parse_value(v if isinstance(v, str) else repr(v), default[0]) for v in value]
-    if default is not None and type(value) is not type(default):
+    if type(value) is not type(default):
         raise ValueError(f"{text} is a {type(value).__name__}")
     return value
 
@@ -198,28 +211,58 @@ def execute(path, final, parameters, timeout=None):
     os.replace(partial, final)
 
 
-def run_all(given, folder, facts, timeout=None):
-    """Run notebooks in order into `folder`, status.json beside them. Raises Failed at the first failure."""
+def run_all(jobs, folder, facts, timeout=None, sweep=False):
+    """Run notebooks in order into `folder`, status.json beside them.
+
+    jobs: {name of the executed notebook: (path, parameters)}.
+    sweep: skip what was done with the same parameters, and go on past failures, with which it ends.
+
+    Raises Failed: in a sweep at the end, else at the first failure.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     status = read_json(folder / "status.json")
-    for path, parameters in given.items():
+    failed = []
+    for number, (name, (path, parameters)) in enumerate(jobs.items(), 1):
         start = time.monotonic()
+        before = status.get(name, {})
+        same = before.get("state") == "ok" and before.get("parameters") == parameters
+        if sweep and same and (folder / f"{name}.ipynb").is_file():
+            print(f"{name}  done before, at commit {before['commit']}", flush=True)
+            continue
 
-        def record(state, path=path, parameters=parameters, start=start, **more):
+        def record(state, name=name, parameters=parameters, start=start, **more):
             seconds = round(time.monotonic() - start, 1)
             date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            status[path.stem] = {"state": state, "seconds": seconds, "date": date, **facts, **more}
-            status[path.stem]["parameters"] = parameters
+            status[name] = {"state": state, "seconds": seconds, "date": date, **facts, **more, "parameters": parameters}
             write_text(folder / "status.json", json.dumps(status, indent=1))
-            print(f"{path.stem:28}{state}" + ("" if state == "running" else f"  {seconds} s"), flush=True)
+            print(f"{name:28}{state}" + ("" if state == "running" else f"  {seconds} s"), flush=True)
 
+        if sweep:
+            print(f"{number} of {len(jobs)}:", end=" ")
         record("running")
         try:
-            execute(path, folder / path.name, parameters, timeout)
+            execute(path, folder / f"{name}.ipynb", parameters, timeout)
         except (Failed, KeyboardInterrupt) as error:
             record("failed", error=str(error) or "interrupted")
-            raise
+            if not sweep or isinstance(error, KeyboardInterrupt):
+                raise
+            failed.append(name)
+            print(f"  {error}", file=sys.stderr)
+            continue
         record("ok")
+    if failed:
+        raise Failed(f"{len(failed)} of {len(jobs)} failed: {'; '.join(failed)}")
+
+
+def combine(assignments):
+    """Every combination of a sweep's "name=value,value", as lists of "name=value"; a list's commas do not count."""
+    choices = []
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not text:
+            raise Refused(f"--sweep {assignment}: write name=value,value")
+        choices.append([f"{name}={value}" for value in re.split(r",(?![^\[]*\])", text)])
+    return [list(combination) for combination in itertools.product(*choices)]
 
 
 # ── The report ─────────────────────────────────────────────────────────────────────────────────────────
@@ -362,11 +405,57 @@ def make_pdf(page):
 
 
 def report(settings, notebooks=NOTEBOOKS):
-    """Make report.html and, where there is a browser, report.pdf."""
+    """Make report.html and, where there is a browser, report.pdf, whose path is returned, else None."""
     page = make_html(settings, notebooks).resolve()
     advice = "no report.pdf made: no working Chrome, Chromium or Edge found. Install one (Debian: apt install chromium "
     advice += "fonts-noto-cjk), then say python run_notebooks.py --report; or print report.html from any browser."
-    print(f"report  {page}", make_pdf(page) or advice, sep="\nreport  ")
+    pdf = make_pdf(page)
+    print(f"report  {page}", pdf or advice, sep="\nreport  ")
+    return pdf
+
+
+def submission(settings, notebooks=NOTEBOOKS):
+    """Write DL_LAB6_ID_NAME.zip (the report and the source) and DL_lab6_ID_NAME.pth (the weights) where one is.
+
+    The student's number and name are those of LAB6_STUDENT_ID and LAB6_STUDENT_NAME, the report is made of what ran
+    last. The .pth is {"model": state dict of the denoiser, "config": its arguments, ...}, read with weights_only=True.
+    """
+    import torch
+
+    import lab6_utils
+
+    student = [os.environ.get(name, "").strip() for name in ("LAB6_STUDENT_ID", "LAB6_STUDENT_NAME")]
+    if not all(student) or any(re.search(r'[\\/:*?"<>|\x00-\x1f]', part) for part in student):
+        raise Refused('say who you are: make submission STUDENT_ID=... NAME=... (no / \\ : * ? " < > | in them)')
+    try:
+        pipe = lab6_utils.load_pipeline(settings)
+    except (OSError, ValueError) as error:
+        raise Refused(error) from None
+    pdf = report(settings, notebooks)
+    if pdf is None:
+        raise Refused("a submission needs report.pdf")
+    name = "_".join(student)
+    tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True).stdout
+    files = [ROOT / file for file in tracked.split("\0") if file] or ROOT.glob("*.*")
+    left_out = {ROOT / "figures", ROOT / "data" / "weights", ROOT / ".ci"}
+    target = Path(f"DL_LAB6_{name}.zip").resolve()
+    partial = target.with_suffix(".partial.zip")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(pdf, f"DL_LAB6_{name}/report.pdf")
+        for file in files:
+            if file.is_file() and not left_out & set(file.parents):
+                archive.write(file, f"DL_LAB6_{name}/source/{file.relative_to(ROOT).as_posix()}")
+    os.replace(partial, target)
+    print(f"submission  {target}")
+    config = {key: value for key, value in pipe.denoiser.config.items() if not key.startswith("_")}
+    weights = dict(model=pipe.denoiser.state_dict(), config=config, prediction=pipe.scheduler.config.prediction_type)
+    if pipe.autoencoder is not None:
+        weights["autoencoder"] = pipe.autoencoder.state_dict()
+    target = target.with_name(f"DL_lab6_{name}.pth")
+    partial = target.with_suffix(".partial.pth")
+    torch.save(weights, partial)
+    os.replace(partial, target)
+    print(f"submission  {target}")
 
 
 # ── Command line ───────────────────────────────────────────────────────────────────────────────────────
@@ -389,29 +478,40 @@ def main(argv=None, notebooks=NOTEBOOKS):
     parser.add_argument("--profile", default="auto", help="tiny, quick, shipped, full, or auto (the default)")
     parser.add_argument("--only", metavar="NN[,NN]", help="run these notebooks only, by number")
     parser.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[])
+    parser.add_argument("--sweep", metavar="name=value,value", nargs="+", help="run once for each combination")
     parser.add_argument("--timeout", type=int, metavar="SECONDS", help="fail when one cell takes longer")
     parser.add_argument("--report", action="store_true", help="run nothing, only make the report again")
+    parser.add_argument("--submission", action="store_true", help="run nothing, make the course's zip and pth")
     parser.add_argument("--no-report", action="store_true", help="run notebooks, make no report")
     args = parser.parse_args(argv)
     for number in (signal.SIGINT, signal.SIGTERM):  # both shut the kernels down; a shell may have had SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     set_environment()
     try:
-        given = check_parameters(choose_notebooks(notebooks, args.only), args.assignments)
+        chosen = choose_notebooks(notebooks, args.only)
+        jobs = {}
+        for combination in combine(args.sweep or []):
+            given = check_parameters(chosen, [*args.assignments, *combination])
+            name = re.sub(r"[^\w=.,-]+", "_", ",".join(combination))
+            jobs |= {f"{path.stem},{name}".rstrip(","): (path, parameters) for path, parameters in given.items()}
         sys.path.insert(0, str(ROOT))
         import lab6_utils  # takes seconds (torch), so after the checks
 
         try:
             settings = lab6_utils.make_settings(args.profile)
-            for parameters in given.values():  # a value that cannot be is refused now, not in the notebook
-                chosen = {k: v for k, v in parameters.items() if k in vars(settings) and v not in ("", 0) and v != -1}
-                lab6_utils.make_settings(args.profile, **chosen)
+            for _, parameters in jobs.values():  # a value that cannot be is refused now, not in the notebook
+                named = {k: v for k, v in parameters.items() if k in vars(settings)}
+                lab6_utils.make_settings(args.profile, **named)
         except ValueError as error:
             raise Refused(error) from None
+        folder = settings.runs / "notebooks" / settings.profile / ("sweep" if args.sweep else "")
+        if args.submission:
+            submission(settings, notebooks)
+            return 0
         if not args.report:
-            given = {path: {"profile": settings.profile, **parameters} for path, parameters in given.items()}
-            run_all(given, settings.runs / "notebooks" / settings.profile, run_facts(settings), args.timeout)
-        if not args.no_report:
+            jobs = {name: (path, {"profile": settings.profile, **given}) for name, (path, given) in jobs.items()}
+            run_all(jobs, folder, run_facts(settings), args.timeout, bool(args.sweep))
+        if not args.no_report and not args.sweep:
             report(settings, notebooks)
     except Refused as error:
         print(error, file=sys.stderr)

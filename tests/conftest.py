@@ -171,9 +171,8 @@ def tiny(**overrides):
 
 
 def tiny_linear(**overrides):
-    """The preset linear-512, shrunk."""
-    small = dict(preset="linear-512", channels=[8, 8, 16, 16], layers_per_block=1, norm_groups=8, label_dropout=0.1)
-    return tiny(**small | overrides)
+    """The preset linear-512, shrunk by the profile, with labels dropped."""
+    return tiny(**dict(preset="linear-512", label_dropout=0.1) | overrides)
 
 
 def make_pipeline(settings, sampler="ddim"):

@@ -70,11 +70,10 @@ REFUSED = [
     (dict(seed=1.5), "seed=1.5: expected int"),
     (dict(learning_rate="fast"), "learning_rate='fast': expected float"),
     (dict(flip=1), "flip=1: expected bool"),
-    (dict(schedule=None), "schedule=None: expected str"),
     (dict(channels=8), "channels=8: expected tuple"),
     (dict(channels=[]), "channels=(): expected tuple"),
     (dict(channels=[8, 16.0, 16]), "channels=(8, 16.0, 16): expected tuple"),
-    (dict(schedule="quadratic"), "schedule='quadratic': choose from linear, cosine"),
+    (dict(schedule="quadratic"), "schedule='quadratic': choose from linear, linear-rescaled, cosine"),
     (dict(prediction="eps"), "prediction='eps': choose from epsilon, v_prediction, sample"),
     (dict(sampler="euler"), "sampler='euler': choose from ddpm, ddim"),
     (dict(device="tpu"), "device='tpu': choose from cuda, mps, cpu"),
@@ -89,7 +88,17 @@ REFUSED = [
     (dict(label_dropout=1.0), "label_dropout=1.0: must be in [0, 1)"),
     (dict(steps=1001), "steps=1001 exceeds num_train_timesteps=1000"),
     (dict(zero_snr=True, prediction="epsilon"), "zero_snr=True with prediction='epsilon'"),
-]
+    (dict(zero_snr=True, sampler="heun"), "sampler='heun' with zero_snr=True"),
+    (dict(guidance="classifier-1", sampler="ddim"), "guidance='classifier-1' with sampler='ddim'"),
+    (dict(conditioning="mlp"), "with conditioning='mlp': cross-attention needs conditioning='tokens' or 'multi-hot'"),
+    (dict(conditioning="linear", attention=["none"] * 3, up_attention=["none", "none", "cross"]),
+     "up_attention=('none', 'none', 'cross') with conditioning='linear'"),
+    (dict(up_attention=["none", "cross"]), "and up_attention=('none', 'cross'): give both one entry a resolution"),
+    (dict(space="latents", flip=True), "flip=True with space='latents'"),
+    (dict(patch=4, channels=[16] * 6, attention=["cross"] * 6),
+     "with patch=4: the last of so many resolutions would be 0.5"),
+    (dict(loss_weighting="snr"), "loss_weighting='snr': choose from none, min-snr"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("given, words", REFUSED, ids=[str(g) for g, _ in REFUSED])
@@ -97,6 +106,11 @@ def test_what_cannot_be_is_refused_in_one_line(given, words):
     with pytest.raises(ValueError) as error:
         lab.make_settings(**dict(profile="tiny") | given)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_none_leaves_the_choice_to_the_preset():
+    assert tiny(schedule=None, channels=None, preset="linear-attn") == tiny(preset="linear-attn")
+    assert tiny(schedule="sigmoid", preset="linear-attn").schedule == "sigmoid"
 
 
 def test_folders_follow_profile_and_environment(monkeypatch, tmp_path):

@@ -172,21 +172,60 @@ def coloured(tmp_path_factory, environment):
     dataset = Coloured()
     dataset.pixels = torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())
     dataset.labels = lab.encode_labels([[name] for name in colours for _ in range(32)])
+    dataset.names = [f"CLEVR_train_{i:06d}_0.png" for i in range(96)]
     Coloured.__len__ = lambda self: len(self.pixels)
     return dataset
 
 
-def test_the_evaluator_learns_and_is_kept(coloured, tmp_path):
-    settings = tiny(evaluator_epochs=4)
-    records = list(lab.train_evaluator(settings, coloured, tmp_path, held_out=coloured))
-    assert [r["epoch"] for r in records] == [1, 2, 3, 4]
+@pytest.mark.parametrize(("reader", "epochs", "seen", "size"), [("resnet18", 4, 64, 23e6), ("judge", 8, 64, 9e6)])
+def test_an_evaluator_learns_and_is_kept(coloured, tmp_path, reader, epochs, seen, size):
+    settings = tiny(evaluator_epochs=epochs)
+    records = list(lab.train_evaluator(settings, coloured, tmp_path, held_out=coloured, reader=reader))
+    assert [r["epoch"] for r in records] == list(range(1, epochs + 1)) and records[0]["images_seen"] == seen
     assert records[-1]["loss"] < 0.3 * records[0]["loss"]
     assert records[-1]["accuracy"] >= 0.9, "chance is below 0.1"
     evaluator, again = lab.Evaluator.load(tmp_path), lab.Evaluator.load(tmp_path)
     images = lab.to_float(coloured.pixels)
-    assert evaluator.name == "resnet18" and torch.equal(evaluator(images), again(images))
+    assert evaluator.name == reader and torch.equal(evaluator(images), again(images))
     assert evaluator.eval(images, coloured.labels) == pytest.approx(records[-1]["accuracy"], abs=0.03)
-    assert (tmp_path / "model.safetensors").stat().st_size < 23e6
+    assert (tmp_path / "model.safetensors").stat().st_size < size
+
+
+def test_the_judge_leaves_every_fifth_scene_out(coloured, tmp_path, monkeypatch):
+    """20 scenes whose pictures are white are 0, 5, 10, ...: the judge never sees one, the evaluator does."""
+    pixels, seen = coloured.pixels.clone(), []
+    pixels[::5] = 255
+    monkeypatch.setattr(coloured, "pixels", pixels)
+    for name in ("_augment", "_augment_for_judge"):
+        monkeypatch.setattr(
+            lab, name, lambda images, g: (seen.append((images == 1).flatten(1).all(1).sum()), images)[1]
+        )
+    for reader, whites in (("judge", False), ("resnet18", True)):
+        seen.clear()
+        list(lab.train_evaluator(tiny(evaluator_epochs=2), coloured, tmp_path / reader, reader=reader))
+        assert (sum(seen) > 0) == whites
+
+
+@pytest.mark.parametrize("augment", [lab._augment, lab._augment_for_judge])
+def test_augmented_pictures_are_pictures_of_the_same(coloured, augment):
+    images = lab.to_float(coloured.pixels[::8])
+    varied, again = (augment(images, lab.make_generator(3)) for _ in range(2))
+    assert varied.shape == images.shape and torch.equal(varied, again)
+    assert (varied - images).abs().mean() > 0.02
+    assert (varied.mean((2, 3)).argmax(1) == images.mean((2, 3)).argmax(1)).all(), "colour is what the label says"
+
+
+def test_log_probability_is_the_specifications(network):
+    """log sigma of the objects asked for and log(1 - sigma) of the others, also where sigma rounds to 0 or 1."""
+    evaluator, images = lab.Evaluator(network, "test"), torch.rand(3, 3, 64, 64) * 2 - 1
+    labels = random_labels(3, torch.Generator().manual_seed(0))
+    p = evaluator(images).double()
+    expected = (labels * p.log() + (1 - labels) * (1 - p).log()).sum(1)
+    value = evaluator.log_probability(images, labels)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-3, atol=1e-3)
+    far = (100 * images).requires_grad_()
+    gradient = torch.autograd.grad(evaluator.log_probability(far, labels).sum(), far)[0]
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
 # ── Measures ─────────────────────────────────────────────────────────────────────────────────────────

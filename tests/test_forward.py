@@ -121,6 +121,9 @@ def test_samplers_start_at_the_noisiest_step(name, steps):
     sampler = lab.make_sampler(name, scheduler)
     sampler.set_timesteps(steps)
     times = sampler.timesteps.tolist()
+    if name == "heun":  # asks twice at every time but the first
+        assert times[1::2] == times[2::2]
+        times = times[::2]
     assert len(times) == steps and times[0] == 999
     assert (np.diff(times) < 0).all() and np.ptp(np.diff(times)) <= 1, "evenly spaced"
     assert times[-1] == pytest.approx(1000 / steps - 1, abs=1), "trailing: the last step is one stride from the picture"

@@ -1,5 +1,6 @@
 """Section 4 of lab6_utils: the denoisers listen to their labels, and the presets are what their reports say."""
 
+import copy
 import itertools
 import math
 from types import SimpleNamespace
@@ -11,7 +12,12 @@ from torch import nn
 
 import lab6_utils as lab
 
-MAKERS = {"tokens": tiny, "linear": tiny_linear}
+MAKERS = {
+    "tokens": tiny,
+    "linear": tiny_linear,
+    "mlp": lambda **overrides: tiny_linear(**dict(conditioning="mlp") | overrides),
+    "multi-hot": lambda **overrides: tiny(**dict(conditioning="multi-hot", token_dim=24) | overrides),
+}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -66,9 +72,7 @@ def test_the_null_condition_ignores_the_labels(denoiser):
 
 
 def test_the_null_condition_is_no_label_vector(denoiser):
-    denoiser = lab.make_denoiser(
-        MAKERS["linear" if "Linear" in type(denoiser.condition).__name__ else "tokens"]()
-    ).eval()
+    denoiser = copy.deepcopy(denoiser)
     with torch.no_grad():
         for p in denoiser.parameters():  # as after training: nothing is zero any more
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -122,6 +126,17 @@ def test_every_parameter_is_trained(make):
     denoiser(noise(len(labels)), torch.arange(len(labels)) * 30, labels, null).pow(2).mean().backward()
     silent = [name for name, p in denoiser.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == [], "these are wired to nothing"
+
+
+def test_who_attends_to_a_single_token_has_no_choice():
+    """Report C's only cross-attention has one token to look at: its queries and keys do nothing."""
+    denoiser = lab.make_denoiser(MAKERS["multi-hot"]()).eval().requires_grad_(False)
+    sets = [["red sphere"], lab.MANUAL_SET]
+    before = predict(denoiser, sets)
+    for name, p in denoiser.named_parameters():
+        if "attn2.to_q" in name or "attn2.to_k" in name:
+            p.normal_(generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(predict(denoiser, sets), before, rtol=1e-4, atol=1e-5)
 
 
 # ── Shape and making ─────────────────────────────────────────────────────────────────────────────────
@@ -185,43 +200,77 @@ def full(preset):
     return lab.make_settings("full", preset=preset, device="cpu", precision="fp32")
 
 
-def linear_512_by_hand():
-    """Parameters of report D's network, layer by layer."""
+def unet_by_hand(channels, down, up, labels=0, label_token=0):
+    """Parameters of a U-Net of two layers a block on 64x64 pixels, layer by layer.
+
+    down, up: numbers of the blocks that attend, in the order of computation; labels: parameters of the labels' layers;
+    label_token: width of a token to which the middle block attends, in place of attending to itself only.
+    """
+    width = 4 * channels[0]
     linear = lambda i, o: i * o + o
     conv = lambda i, o, k=3: i * o * k * k + o
     norm = lambda c: 2 * c
-    resnet = lambda i, o: (norm(i) + conv(i, o) + linear(512, o) + norm(o) + conv(o, o)
+    resnet = lambda i, o: (norm(i) + conv(i, o) + linear(width, o) + norm(o) + conv(o, o)
                            + (conv(i, o, 1) if i != o else 0))  # fmt: skip
     attention = lambda c: norm(c) + 4 * linear(c, c)  # query, key, value, output
-    down = [
-        resnet(128, 128) * 2 + conv(128, 128),  # 64x64, then shrunk by a convolution
-        resnet(128, 128) * 2 + conv(128, 128),  # 32x32
-        resnet(128, 256) + resnet(256, 256) + conv(256, 256),  # 16x16
-        resnet(256, 256) * 2 + 2 * attention(256),  # 8x8, the lowest
-    ]
-    middle = resnet(256, 256) * 2 + attention(256)
-    up = [  # each resnet also takes what one on the way down (or its shrinking, or conv_in) left: + 256 or + 128
-        resnet(512, 256) * 3 + 3 * attention(256) + conv(256, 256),
-        resnet(512, 256) * 2 + resnet(256 + 128, 256) + conv(256, 256),
-        resnet(256 + 128, 128) + resnet(256, 128) * 2 + conv(128, 128),
-        resnet(256, 128) * 3,
-    ]
-    ends = conv(3, 128) + norm(128) + conv(128, 3)
-    time, labels = linear(128, 512) + linear(512, 512), linear(24, 512)
-    return sum(down) + middle + sum(up) + ends + time + labels
+    crossing = lambda c: (norm(c) + 2 * conv(c, c, 1)  # into the transformer and out of it
+                          + 3 * norm(c) + 3 * c * c + linear(c, c)  # attends to itself: queries, keys, values, output
+                          + c * c + 2 * label_token * c + linear(c, c)  # attends to the label's token
+                          + linear(c, 8 * c) + linear(4 * c, c))  # gated feed-forward  # fmt: skip
+    total, last = conv(3, channels[0]) + norm(channels[0]) + conv(channels[0], 3), len(channels) - 1
+    total += linear(channels[0], width) + linear(width, width) + labels  # time
+    for i, c in enumerate(channels):
+        total += resnet(channels[max(i - 1, 0)], c) + resnet(c, c) + (i in down) * 2 * attention(c)
+        total += conv(c, c) if i < last else 0  # shrinks
+    c = channels[-1]
+    total += resnet(c, c) * 2 + (crossing(c) if label_token else attention(c))
+    # Each resnet on the way up also takes what was left on the way down: by two resnets and, last, by the shrinking
+    # above them or conv_in.
+    for i, c in enumerate(reversed(channels)):
+        below, above = channels[min(last - i + 1, last)], channels[max(last - i - 1, 0)]
+        total += resnet(below + c, c) + resnet(c + c, c) + resnet(c + above, c) + (i in up) * 3 * attention(c)
+        total += conv(c, c) if i < last else 0  # grows
+    return total
 
 
-def test_linear_512_is_report_d():
-    settings = full("linear-512")
-    denoiser = lab.make_denoiser(settings)
-    assert count(denoiser) == linear_512_by_hand() == 28_495_107
-    assert where_attention_is(denoiser) == {"down_blocks.3", "mid_block", "up_blocks.0"}, "the lowest resolution only"
-    assert not any("attn2" in name for name, _ in denoiser.named_modules()), "no cross-attention"
-    assert (denoiser.condition.linear.in_features, denoiser.condition.linear.out_features) == (24, 512)
-    assert denoiser.condition.null is None
-    report = dict(batch_size=32, learning_rate=1e-4, epochs=300, num_train_timesteps=1000, schedule="linear",
-                  prediction="epsilon", weight_decay=0.0, patch=1)  # fmt: skip
-    assert {name: getattr(settings, name) for name in report} == report
+REPORTS = {  # blocks that attend on the way down and up, parameters of the labels' layers, width of a label's token
+    "mlp-fusion": ((64, 128, 256, 256, 512), {2, 3}, {2, 3}, (24 * 256 + 256) + 2 * (256 * 256 + 256), 0),
+    "linear-attn": ((32, 64, 96, 128), {1, 2, 3}, {0, 1, 2}, 24 * 128 + 128, 0),
+    "cross-attention": ((64, 128, 256), {2}, {0}, 0, 24),
+    "linear-512": ((128, 128, 256, 256), {3}, {0}, 24 * 512 + 512, 0),
+    "linear-512-six": ((128, 128, 256, 256, 512, 512), {4, 5}, {0, 1}, 24 * 512 + 512, 0),
+}
+
+
+@pytest.mark.parametrize("preset", REPORTS)
+def test_the_reports_networks_by_hand(preset):
+    channels, down, up, labels, token = REPORTS[preset]
+    denoiser = lab.make_denoiser(full(preset))
+    assert count(denoiser) == unet_by_hand(channels, down, up, labels, token)
+    attends = {*(f"down_blocks.{i}" for i in down), "mid_block", *(f"up_blocks.{i}" for i in up)}
+    assert where_attention_is(denoiser) == attends
+    crossing = {name.split(".")[0] for name, _ in denoiser.unet.named_modules() if name.endswith("attn2")}
+    assert crossing == ({"mid_block"} if token else set()), "as named, C's blocks attend to themselves"
+    assert denoiser.condition.null is None and denoiser.unet.config.resnet_time_scale_shift == "default"
+
+
+def test_the_sizes_that_the_notes_give():
+    assert unet_by_hand(*REPORTS["linear-512"]) == 28_495_107
+    assert round(unet_by_hand(*REPORTS["cross-attention"]) / 1e6, 1) == 16.8
+
+
+@pytest.mark.parametrize(("preset", "said"), [
+    ("mlp-fusion", dict(learning_rate=1e-4, batch_size=64, epochs=200, keep="best")),
+    ("linear-attn", dict(layers_per_block=2)),
+    ("cross-attention", dict(learning_rate=2e-4, batch_size=64, epochs=50, keep="every", keep_every=1)),
+    ("linear-512", dict(learning_rate=1e-4, batch_size=32, epochs=300)),
+    ("linear-512-six", dict(learning_rate=1e-4, batch_size=32, epochs=300)),
+])  # fmt: skip
+def test_what_the_reports_say(preset, said):
+    shared = dict(num_train_timesteps=1000, schedule="linear", prediction="epsilon", loss_weighting="none", patch=1,
+                  label_dropout=0.0, guidance="none", guidance_scale=1.0, sampler="ddpm")  # fmt: skip
+    settings = full(preset)
+    assert {name: getattr(settings, name) for name in shared | said} == shared | said
 
 
 def test_tokens_is_our_flagship():
@@ -244,12 +293,13 @@ def test_the_description_counts_everything(preset):
     norm = count(denoiser.unet.conv_norm_out)
     assert sum(p["parameters"] for p in parts) + norm == count(denoiser) == lab.count_parameters(denoiser)
     by_name = {p["part"]: p for p in parts}
-    low = 64 // denoiser.config.patch // 2 ** (len(denoiser.config.channels) - 1)
+    low = denoiser.config.image_size // denoiser.config.patch // 2 ** (len(denoiser.config.channels) - 1)
     assert by_name["middle"]["output"] == (denoiser.config.channels[-1], low, low)
-    assert by_name["input"]["output"][1] == 64 // denoiser.config.patch
-    assert [p["part"] for p in parts if p["attention"] != "none"] == [
-        f"down {len(denoiser.config.channels) - 1}", "middle", "up 0",
-    ]  # fmt: skip
+    assert by_name["input"]["output"][1] == denoiser.config.image_size // denoiser.config.patch
+    attends = {p["part"] for p in parts if p["attention"] != "none"}
+    assert {f"{p.removesuffix('_block').replace('_blocks.', ' ')}" for p in where_attention_is(denoiser)} == {
+        part.replace("middle", "mid") for part in attends
+    }
     assert not denoiser.unet.mid_block._forward_hooks, "its hooks are removed"
 
 

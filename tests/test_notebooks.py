@@ -1,16 +1,25 @@
 """The notebooks: their anatomy as stored, and one run of all of them in the tiny profile on a few real images."""
 
 import ast
+import io
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import unicodedata
+import zipfile
 
 import nbformat
 import numpy as np
 import pytest
+import torch
 from conftest import REAL, RESULT_FIELDS, ROOT, Run
 from PIL import Image
 
 import lab6_utils as lab
+import run_notebooks
 
 PATHS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 NAMES = [
@@ -24,8 +33,8 @@ HELD_OUT = ("real-held-out", "rendered-held-out")
 TAGS = {"parameters", "interactive", "exercise", "solution", "no-report"}
 
 
-def test_the_five_notebooks_are_there():
-    assert [path.stem for path in PATHS][:5] == NAMES
+def test_the_six_notebooks_are_there():
+    assert [path.stem for path in PATHS] == [*NAMES, "06_experiments"]
 
 
 # ── As stored ────────────────────────────────────────────────────────────────────────────────────────
@@ -70,6 +79,14 @@ def test_parameters_are_plain_values(stored):
     assert "make_settings(" in settings and "lab6_utils" in settings, "the next cell makes settings of them"
     rest = "\n".join(cell.source for cell in code_of(stored)[1:])
     assert [name for name in values if not re.search(rf"\b{name}\b", rest)] == [], "parameters that do nothing"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_papermill_reads_every_parameter(path):
+    """It skips a line whose comment it takes for code."""
+    (cell,) = [cell for cell in nbformat.read(path, as_version=4).cells if "parameters" in tags(cell)]
+    names = {line.targets[0].id for line in ast.parse(cell.source).body}
+    assert set(run_notebooks.read_parameters(path)) == names
 
 
 def test_anatomy(stored):
@@ -231,6 +248,110 @@ def test_parameters_reach_the_notebooks(scenes, tmp_path):
     assert config["prediction_type"] == "epsilon" and config["trained_betas"] == sigmoid.config.trained_betas
     assert [p.name for p in (done.figures / "samples").iterdir()] == ["test"], "split=test draws that file only"
     facts = json.loads((done.figures / "04_grid_test.json").read_text())
-    assert (facts["sampler"], facts["steps"], facts["guidance"]) == ("ddim", 3, 2.0)
+    assert (facts["sampler"], facts["steps"], facts["guidance"]) == ("ddim", 3, "s = 2")
     weights = scheduler.parents[1] / "denoiser" / "diffusion_pytorch_model.safetensors"
     assert facts["weights"] == lab.sha256_of(weights)
+
+
+# ── Experiments ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_samplers_and_guidance_are_studied(run, scenes, tmp_path):
+    """Notebook 06 on what 03 trained: every sampler and kind of guidance, read by the evaluator and by the judge."""
+    shutil.copytree(run.runs, tmp_path / "runs")
+    done = Run(tmp_path, scenes, "--only", "06", "--no-report")
+    assert done.code == 0, f"{done.out}\n{done.err}"
+    rows = json.loads((done.figures / "results.json").read_text())["experiments"]
+    of = lambda study: [r for r in rows if r["experiment"]["study"] == study]
+    assert {r["sampler"] for r in of("samplers")} == set(lab.SAMPLERS)
+    assert {r["experiment"]["kind"] for r in of("guidance")} == set(lab.GUIDANCES) - {"none"}
+    for study in ("samplers", "guidance"):
+        assert {r["evaluator"] for r in of(study)} == {"resnet18", "judge"}
+    figures = {p.stem for p in done.figures.glob("06_*.png")}
+    assert {"06_samplers", "06_guidance", "06_gamed", "06_terminal_noise"} <= figures
+
+
+def test_every_preset_trains_resumes_draws_and_is_scored(scenes, tmp_path, monkeypatch):
+    """An epoch of every preset here, then a sweep of notebook 06, which goes on with another, and compares them all."""
+    monkeypatch.setenv("LAB6_DATA", str(scenes))
+    monkeypatch.setenv("LAB6_RUNS", str(tmp_path / "runs"))
+    first = {}
+    for preset in lab.PRESETS:
+        run = lab.name_of(preset, {"seed": 0})
+        settings = lab.make_settings("tiny", preset=preset, run=run, epochs=1, device="cpu")
+        dataset, folder = lab.ICLEVRDataset(lab.find_data(), "train", settings.max_images), lab.run_folder(settings)
+        list(lab.train_autoencoder(settings, dataset, folder))
+        (first[preset],) = lab.train(settings, dataset, folder)
+    done = Run(tmp_path, scenes, "--only", "06", "-p", "epochs=2", "--sweep", f"preset={','.join(lab.PRESETS)}")
+    assert done.code == 0, f"{done.out}\n{done.err}"
+    stored = json.loads((done.figures / "results.json").read_text())
+    rows = stored["experiments"]
+    assert [(r["system"], r["split"]) for r in rows] == [(p, s) for p in lab.PRESETS for s in ("test", "new_test")]
+    for r in rows:
+        assert set(r) >= RESULT_FIELDS | {"parameters"} and r["experiment"]["epochs"] == 2
+        assert 0 <= r["accuracy"] <= 1 and r["ci95_sets"] and r["evaluator"] == "resnet18"
+        before = first[r["system"]]
+        assert r["loss"][0] == [before.images_seen, round(before.loss, 5)] and len(r["loss"]) == 2, "went on"
+        assert r["images_seen"] == 2 * before.images_seen
+        assert list((done.runs / "tiny" / f"{r['system']}_seed=0" / "tensorboard").glob("events*"))
+    table = compare(done, tmp_path, scenes, stored)
+    for r in rows[::2]:
+        assert f"| {r['accuracy']:.3f} (" in next(line for line in table.splitlines() if f"| {r['system']} |" in line)
+    assert "0.6289" in table and "28.5 M" in table
+
+
+def compare(done, folder, scenes, stored):
+    """The table of systems of notebook 06, after two more experiments, which differ in the schedule."""
+    for schedule in ("linear", "cosine"):
+        row = stored["experiments"][0]
+        stored["experiments"].append(row | {"experiment": row["experiment"] | {"schedule": schedule}})
+    (done.figures / "results.json").write_text(json.dumps(stored))
+    compared = Run(folder, scenes, "--only", "06", "--no-report")
+    assert compared.code == 0, f"{compared.out}\n{compared.err}"
+    assert {"06_loss.png", "06_terminal_noise.png", "06_choices.png"} <= {p.name for p in compared.figures.iterdir()}
+    outputs = [o for cell in code_of(compared.notebook("06_experiments")) for o in cell.outputs]
+    texts = [o.get("data", {}).get("text/markdown", "") for o in outputs]
+    return next(text for text in texts if "reported: test" in text)
+
+
+# ── What the course wants ────────────────────────────────────────────────────────────────────────────
+
+
+def submit(run, folder, **student):
+    environment = os.environ | dict(LAB6_RUNS=str(run.runs), LAB6_FIGURES=str(run.home / "figures"))
+    command = [sys.executable, str(ROOT / "run_notebooks.py"), "--profile", "tiny", "--submission"]
+    folder.mkdir()
+    return subprocess.run(command, env=environment | student, cwd=folder, capture_output=True, text=True)
+
+
+def test_submission(run, tmp_path):
+    if not run_notebooks.find_browsers():
+        pytest.skip("no Chrome, Chromium or Edge to print the report with")
+    done = submit(run, tmp_path / "out", LAB6_STUDENT_ID="312550000", LAB6_STUDENT_NAME="王小明")
+    assert done.returncode == 0, done.stderr
+    name = "312550000_王小明"
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"DL_LAB6_{name}.zip", f"DL_lab6_{name}.pth"}
+    with zipfile.ZipFile(tmp_path / "out" / f"DL_LAB6_{name}.zip") as archive:
+        inside = {file.removeprefix(f"DL_LAB6_{name}/"): archive.read(file) for file in archive.namelist()}
+    assert inside["report.pdf"].startswith(b"%PDF")
+    assert inside["source/lab6_utils.py"] == (ROOT / "lab6_utils.py").read_bytes()
+    assert {"source/README.md", "source/environment.yml", "source/notebooks/01_data_exploration.ipynb"} <= set(inside)
+    assert not [file for file in inside if "weights" in file or file.startswith("source/figures")]
+    pypdf = pytest.importorskip("pypdf")
+    first_page = pypdf.PdfReader(io.BytesIO(inside["report.pdf"])).pages[0].extract_text()
+    assert "312550000" in first_page and "王小明" in unicodedata.normalize("NFKC", first_page)
+    saved = torch.load(tmp_path / "out" / f"DL_lab6_{name}.pth", weights_only=True)
+    denoiser = lab.Denoiser(**saved["config"])
+    denoiser.load_state_dict(saved["model"])
+    trained = lab.ICLEVRPipeline.from_pretrained(run.runs / "tiny" / "tokens" / "pipeline").denoiser
+    assert all(torch.equal(a, b) for a, b in zip(denoiser.parameters(), trained.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("student", [("", ""), ("1", ""), ("1", "a/b")])
+def test_a_submission_says_who_hands_in(tmp_path, monkeypatch, student):
+    for name, value in zip(("LAB6_STUDENT_ID", "LAB6_STUDENT_NAME"), student, strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(run_notebooks.Refused, match=r"make submission STUDENT_ID=\.\.\. NAME=\.\.\."):
+        run_notebooks.submission(lab.make_settings("tiny"))
+    assert not list(tmp_path.iterdir())

@@ -67,6 +67,9 @@ def test_values_take_the_type_of_the_default():
     assert parse_value("gray cube, red cube", ["blue cube"]) == ["gray cube", "red cube"]
     assert parse_value('["gray cube", "red cube"]', ["blue cube"]) == ["gray cube", "red cube"]
     assert parse_value("1,2", [0.5]) == [1.0, 2.0]
+    assert parse_value("3", None) == 3 and parse_value("linear-attn", None) == "linear-attn"
+    assert parse_value("[8, 16]", None) == parse_value("8,16", None) == [8, 16] and parse_value("true", None) is True
+    assert parse_value("sample", None) == "sample", "None stands for the preset's choice, of whatever type"
     wrong = (("x", 1), ("1.5", 1), ("true", 1), ("x", 1.0), ("true", 1.0), ("1", True), ("yes", True), ("1,x", [1]))
     for text, default in wrong:
         with pytest.raises((ValueError, SyntaxError)):
@@ -98,6 +101,9 @@ def test_parameters_go_to_the_notebooks_that_have_them(folder):
         ["--profile", "huge"],
         ["-p", "sampler=best"],
         ["-p", "seed=-3"],
+        ["--sweep", "seed=0,x"],
+        ["--sweep", "sampler=ddim,best"],
+        ["--sweep", "seed"],
     ],
 )
 def test_refused_before_anything_runs(folder, capsys, request_):
@@ -157,6 +163,26 @@ def test_failure_stops_the_run_and_keeps_the_last_good_notebook(folder, capsys, 
     assert executed(folder, "01_a.partial.ipynb").exists()
     assert status(folder)["01_a"]["state"] == "failed" and "02_b" not in status(folder)
     assert not (folder / "ran").exists()
+
+
+def test_a_sweep_runs_every_combination_once(folder, capsys):
+    cell = "with open('ran', 'a') as log:\n    log.write(f'{seed} {schedule} {epochs}\\n')\nassert seed < 2, 'too many'"
+    write_notebook(folder / "01_a.ipynb", cell, parameters=PARAMETERS + "schedule = None\nepochs = None\n")
+    ran = lambda: (folder / "ran").read_text().splitlines()
+    asked = ["-p", "epochs=3", "--sweep", "schedule=linear,cosine", "seed=0,2,1"]
+    assert run(folder, *asked) == 1
+    assert ran() == [f"{seed} {schedule} 3" for schedule in ("linear", "cosine") for seed in (0, 2, 1)]
+    out, error = capsys.readouterr()
+    assert "2 of 6 failed: 01_a,schedule=linear,seed=2; 01_a,schedule=cosine,seed=2" in error and "too many" in error
+    assert "4 of 6: 01_a,schedule=cosine,seed=0" in out
+    entries = json.loads(executed(folder, "sweep/status.json").read_text())
+    assert entries["01_a,schedule=cosine,seed=1"]["state"] == "ok"
+    done = executed(folder, "sweep/01_a,schedule=cosine,seed=1.ipynb")
+    done.unlink()
+    assert run(folder, *asked[:-1], "seed=0,1") == 0
+    assert ran()[6:] == ["1 cosine 3"], "the others had been done"
+    assert done.is_file() and "done before, at commit" in capsys.readouterr().out
+    assert run(folder, "-p", "epochs=4", "--sweep", "schedule=linear", "seed=0") == 0 and ran()[7:] == ["0 linear 4"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

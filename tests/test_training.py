@@ -21,6 +21,8 @@ def part_of(dataset, count):
     class Part(torch.utils.data.Dataset):
         pixels, labels, split = dataset.pixels[:count], dataset.labels[:count], "train"
 
+        draw = lab.ICLEVRDataset.draw
+
         def __len__(self):
             return count
 
@@ -347,6 +349,121 @@ def test_the_loss_is_the_mean_squared_error_of_the_target(small, tmp_path):
     assert run(settings, small, tmp_path)[0].loss == pytest.approx(
         (guess - batch["target"]).pow(2).mean().item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize(("prediction", "of_snr"), [
+    ("epsilon", lambda snr: min(snr, 5.0) / snr),
+    ("v_prediction", lambda snr: min(snr, 5.0) / (snr + 1)),
+    ("sample", lambda snr: min(snr, 5.0)),
+])  # fmt: skip
+def test_min_snr_weighs_the_error(small, tmp_path, prediction, of_snr):
+    settings = tiny(batch_size=40, epochs=1, loss_weighting="min-snr", prediction=prediction)
+    (batch,), denoiser = batches(settings, small, 1), lab.make_denoiser(settings)
+    alpha_bar = lab.alphas_bar("cosine")
+    with torch.no_grad():
+        guess = denoiser(batch["x_t"], batch["t"], batch["labels"], batch["null"])
+    errors = (guess - batch["target"]).pow(2).mean((1, 2, 3))
+    ratios = [(alpha_bar[t] / (1 - alpha_bar[t])).item() for t in batch["t"]]
+    expected = sum(of_snr(ratio) * e.item() for ratio, e in zip(ratios, errors, strict=True)) / 40
+    assert run(settings, small, tmp_path)[0].loss == pytest.approx(expected, rel=1e-3)
+    assert expected != pytest.approx(errors.mean().item(), rel=0.05)
+
+
+def test_dropout_in_the_labels_network_resumes_too(small, tmp_path):
+    settings = tiny_linear(conditioning="mlp", batch_size=8, epochs=2)
+    run(settings, small, tmp_path / "straight")
+    stopped = lab.train(settings, small, tmp_path / "stopped")
+    next(stopped)
+    stopped.close()
+    torch.manual_seed(99)
+    run(settings, small, tmp_path / "stopped")
+    assert_same(checkpoint(tmp_path / "stopped"), checkpoint(tmp_path / "straight"))
+
+
+# ── Whose weights are kept ───────────────────────────────────────────────────────────────────────────
+
+
+def weights(pipe_folder):
+    return lab.ICLEVRPipeline.from_pretrained(pipe_folder).denoiser.state_dict()
+
+
+def test_the_best_epoch_is_kept(small, tmp_path, monkeypatch):
+    """Report A's policy. The learning rate rises out of all reason, so the loss does too: an early epoch is best."""
+    monkeypatch.setattr(lab, "learning_rate", lambda settings, step, total: 1e-3 if step < 10 else 3.0)
+    kept = {}
+    for record in lab.train(tiny(batch_size=8, epochs=4, ema_decay=0.0, keep="best"), small, tmp_path):
+        kept[record.epoch] = {k: v.clone() for k, v in record.pipeline.denoiser.state_dict().items()}
+    losses = [past["loss"] for past in lab.load_history(tmp_path)]
+    best = losses.index(min(losses)) + 1
+    assert best < 4
+    assert_same(weights(tmp_path / "pipeline"), kept[best])
+    assert [past["epoch"] for past in lab.load_history(tmp_path / "pipeline")] == list(range(1, best + 1))
+
+
+def test_every_second_epoch_is_kept(small, tmp_path):
+    kept = [
+        {k: v.clone() for k, v in record.pipeline.denoiser.state_dict().items()}
+        for record in lab.train(tiny(batch_size=8, epochs=5, keep="every", keep_every=2), small, tmp_path)
+    ]
+    assert sorted(p.name for p in (tmp_path / "epochs").iterdir()) == ["0002", "0004"]
+    for number in (2, 4):
+        assert_same(weights(tmp_path / "epochs" / f"{number:04d}"), kept[number - 1])
+    assert_same(weights(tmp_path / "pipeline"), kept[4])
+
+
+# ── Latent diffusion ─────────────────────────────────────────────────────────────────────────────────
+
+LATENT = dict(preset="latent", autoencoder_epochs=2, batch_size=8)
+
+
+def test_the_autoencoder_comes_first_and_resumes(small, tmp_path):
+    settings = tiny(**LATENT)
+    with pytest.raises(FileNotFoundError, match="train it first, with train_autoencoder"):
+        run(settings, small, tmp_path)
+    whole = list(lab.train_autoencoder(settings, small, tmp_path / "straight"))
+    stopped = lab.train_autoencoder(settings, small, tmp_path)
+    assert next(stopped)["epoch"] == 1
+    stopped.close()
+    assert [record["epoch"] for record in lab.train_autoencoder(settings, small, tmp_path)] == [2]
+    assert list(lab.train_autoencoder(settings, small, tmp_path)) == [], "it is finished"
+    one, other = (lab.load_autoencoder(settings, f).state_dict() for f in (tmp_path, tmp_path / "straight"))
+    assert_same(one, other)
+    assert whole[1]["error"] < whole[0]["error"]
+
+
+def test_latents_are_those_of_the_pictures(small, tmp_path):
+    settings = tiny(**LATENT)
+    list(lab.train_autoencoder(settings, small, tmp_path))
+    autoencoder = lab.load_autoencoder(settings, tmp_path)
+    latents = lab.LatentDataset(small, autoencoder)
+    assert latents.mean.shape == latents.std.shape == (40, 4, 16, 16)
+    torch.testing.assert_close(latents.mean.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents.mean.std((0, 2, 3)), torch.ones(4), rtol=0, atol=1e-3)
+    rows = torch.tensor([3, 1])
+    draws = torch.stack([latents.draw(rows, lab.make_generator(0, i)) for i in range(400)])
+    torch.testing.assert_close(draws.mean(0), latents.mean[rows], rtol=0, atol=0.3 * latents.std.max().item())
+    pictures = lab.to_float(small.pixels[rows])
+    with torch.no_grad():
+        expected = autoencoder.decode(autoencoder.encode(pictures).latent_dist.mean).sample
+        torch.testing.assert_close(lab.decode(autoencoder, latents.mean[rows]), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_latent_diffusion_trains_resumes_and_draws(small, runs):
+    settings = tiny(**LATENT, epochs=2)
+    folder = lab.run_folder(settings)
+    list(lab.train_autoencoder(settings, small, folder))
+    stopped = lab.train(settings, small, folder)
+    next(stopped)
+    stopped.close()
+    (record,) = run(settings, small, folder)
+    assert record.epoch == 2
+    pipe = lab.load_pipeline(settings)
+    assert pipe.denoiser.config.image_channels == 4 and pipe.autoencoder is not None
+    assert not pipe.scheduler.config.clip_sample, "latents are not confined to [-1, 1]"
+    images = lab.sample(pipe, [["red cube"], ["cyan sphere"]], settings)
+    assert images.shape == (2, 3, 64, 64) and images.std() > 0.01
+    states, guesses = lab.sample_process(pipe, ["red cube"], settings)
+    assert states.shape == guesses.shape == (settings.steps + 1, 3, 64, 64)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(small):
