@@ -775,7 +775,9 @@ SAMPLERS = {
     "ddim": (DDIMScheduler, {}),
     "dpm-solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
-    "heun": (HeunDiscreteScheduler, {}),  # asks the network twice a step
+    # Asks the network twice a step. Its noise levels are even in log sigma: even in t, the first step, from the
+    # cosine's sigma = 20,000 to some 10, would be too long for a second order.
+    "heun": (HeunDiscreteScheduler, {"use_exponential_sigmas": True}),
 }
 
 

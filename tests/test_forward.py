@@ -122,8 +122,10 @@ def test_samplers_start_at_the_noisiest_step(name, steps):
     sampler.set_timesteps(steps)
     times = sampler.timesteps.tolist()
     if name == "heun":  # asks twice at every time but the first
-        assert times[1::2] == times[2::2]
-        times = times[::2]
+        assert times[1::2] == times[2::2] and len(times) == 2 * steps - 1 and times[0] == 999
+        levels = sampler.sigmas[:-1].log().unique(sorted=True).diff()
+        assert len(levels) == steps - 1 and levels.min() > 0.99 * levels.max(), "even in log sigma"
+        return
     assert len(times) == steps and times[0] == 999
     assert (np.diff(times) < 0).all() and np.ptp(np.diff(times)) <= 1, "evenly spaced"
     assert times[-1] == pytest.approx(1000 / steps - 1, abs=1), "trailing: the last step is one stride from the picture"
