@@ -18,10 +18,11 @@ import lab6_utils as lab
 
 
 def test_override_wins_over_profile_over_preset_over_default():
-    settings = lab.make_settings("tiny", preset="linear-512", epochs=7)
-    assert settings.epochs == 7, "given here"
-    assert settings.batch_size == 8, "from the profile, not the preset's 32"
-    assert settings.channels == (128, 128, 256, 256), "a profile's model size is for the preset tokens only"
+    settings = lab.make_settings("quick", preset="linear-512", batch_size=7)
+    assert settings.batch_size == 7, "given here"
+    assert settings.epochs == 4, "from the profile, not the preset's 300"
+    assert settings.channels == (128, 128, 256, 256), "only the tiny profile shrinks a report's network"
+    assert lab.make_settings("tiny", preset="linear-512").channels == (8, 8, 16, 16)
     assert settings.learning_rate == 1e-4 and settings.prediction == "epsilon", "from the preset"
     assert settings.num_train_timesteps == 1000, "the default"
     assert lab.make_settings("tiny").channels == (8, 16, 16)
