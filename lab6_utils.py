@@ -1941,8 +1941,11 @@ def prepare_evaluator(settings: Settings, files: DataFiles, choice: str = "auto"
     return _load_or_train(settings, files, "evaluator", "resnet18")
 
 
-def prepare_judge(settings: Settings, files: DataFiles) -> Evaluator:
-    """The judge, which nothing is guided, chosen or stopped by: ours that ships, or as `prepare_evaluator` trains."""
+def prepare_judge(settings: Settings, files: DataFiles) -> Evaluator | None:
+    """The judge, which nothing is guided, chosen or stopped by: as `prepare_evaluator` trains it, or the one that
+    ships; None where none does."""
+    if settings.profile not in ("full", "tiny") and not (WEIGHTS / "judge").is_dir():
+        return None
     return _load_or_train(settings, files, "judge", "judge")
 
 
