@@ -788,7 +788,11 @@ def make_sampler(name: str, scheduler: DDPMScheduler):
     if name == "heun" and scheduler.config.get("rescale_betas_zero_snr"):
         raise ValueError("sampler='heun' with zero_snr=True: it would start at infinite noise; use another sampler")
     scheduler_class, options = SAMPLERS[name]
-    return scheduler_class.from_config(scheduler.config, **options)
+    # Only what describes the noise: diffusers hands on every option, so another sampler's would come along.
+    shared = ("num_train_timesteps", "trained_betas", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing",
+              "clip_sample")  # fmt: skip
+    noise = {key: scheduler.config[key] for key in shared if key in scheduler.config}
+    return scheduler_class.from_config(noise, **options)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════════

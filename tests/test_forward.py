@@ -1,5 +1,6 @@
 """Section 3 of lab6_utils: noise schedules against closed forms and diffusers, q(x_t | x_0), samplers."""
 
+import inspect
 import math
 
 import numpy as np
@@ -112,6 +113,18 @@ def test_the_scheduler_has_the_schedule(name, zero_snr, tmp_path):
     scheduler.save_pretrained(tmp_path)
     again = DDPMScheduler.from_pretrained(tmp_path)
     assert torch.equal(again.alphas_cumprod, scheduler.alphas_cumprod), "kept exactly in the saved json"
+
+
+@pytest.mark.parametrize("name", lab.SAMPLERS)
+def test_a_sampler_is_the_same_after_any_other(name):
+    fresh = lab.make_sampler(name, lab.make_scheduler(tiny()))
+    fresh.set_timesteps(10)
+    for before in lab.SAMPLERS:
+        sampler = lab.make_sampler(name, lab.make_sampler(before, lab.make_scheduler(tiny())))
+        sampler.set_timesteps(10)
+        assert torch.equal(sampler.timesteps, fresh.timesteps)
+        options = lambda s: {k: v for k, v in s.config.items() if k in inspect.signature(type(s).__init__).parameters}
+        assert options(sampler) == options(fresh), "no option of the other came along"
 
 
 @pytest.mark.parametrize("steps", [4, 20, 30])
