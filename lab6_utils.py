@@ -200,9 +200,10 @@ class Settings:
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at most 1")
         for name in ("attention", "up_attention"):
-            if len(getattr(self, name)) not in (len(self.channels), 0 if name == "up_attention" else -1):
+            by_resolution = getattr(self, name)
+            if by_resolution and len(by_resolution) != len(self.channels):
                 raise ValueError(
-                    f"channels={self.channels} and {name}={getattr(self, name)}: give both one entry a resolution"
+                    f"channels={self.channels} and {name}={by_resolution}: give both one entry a resolution"
                 )
         for name in ("channels", "autoencoder_channels") if self.space == "latents" else ("channels",):
             if any(c % self.norm_groups for c in getattr(self, name)):
@@ -216,7 +217,7 @@ class Settings:
         if self.flip and self.space == "latents":
             raise ValueError("flip=True with space='latents': a mirrored latent is not that of the mirrored picture")
         crossing = [name for name in ("attention", "up_attention") if "cross" in getattr(self, name)]
-        if crossing and self.conditioning in ("linear", "mlp"):
+        if crossing and not CONDITIONINGS[self.conditioning].gives_tokens:
             raise ValueError(
                 f"{crossing[0]}={getattr(self, crossing[0])} with conditioning={self.conditioning!r}: cross-attention "
                 "needs conditioning='tokens' or 'multi-hot'"
@@ -279,8 +280,8 @@ def _check_type(name, value, expected):
     """Raise ValueError unless `value` has the annotated type (bool is not an int here)."""
     if typing.get_origin(expected) is tuple:
         item = typing.get_args(expected)[0]
-        full = len(value) > 0 or name == "up_attention" if isinstance(value, tuple) else False
-        fits = full and all(type(v) is item for v in value)
+        fits = isinstance(value, tuple) and all(type(v) is item for v in value)
+        fits = fits and (len(value) > 0 or name == "up_attention")
     else:
         fits = type(value) is expected
     if not fits:
@@ -848,6 +849,8 @@ class LinearCondition(nn.Module):
     in: the null condition is not a label vector, and all zeros ("no object") would be one.
     """
 
+    pools, gives_tokens = True, False
+
     def __init__(self, width: int, token_dim: int, null_condition: bool):
         super().__init__()
         self.linear = nn.Linear(len(OBJECTS), width)
@@ -873,6 +876,8 @@ class MultiHotCondition(nn.Module):
     forward(labels (B, 24), null (B,) bool) -> (None, (B, 1, 24)). Where null, a learned vector stands in.
     """
 
+    pools, gives_tokens = False, True
+
     def __init__(self, width: int, token_dim: int, null_condition: bool):
         super().__init__()
         if token_dim != len(OBJECTS):
@@ -897,6 +902,8 @@ class TokenCondition(nn.Module):
     forward(labels (B, 24), null (B,) bool) -> (pooled (B, width), tokens (B, slots, token_dim)).
     """
 
+    pools, gives_tokens = True, True
+
     def __init__(self, width: int, token_dim: int, null_condition: bool):
         super().__init__()
         self.colour = nn.Parameter(torch.randn(1, len(COLOURS), token_dim))
@@ -919,7 +926,8 @@ class TokenCondition(nn.Module):
         return pooled, tokens
 
 
-#: Ways of telling the network the labels: name -> module (width of the time embedding, token_dim, null_condition).
+#: Ways of telling the network the labels: name -> module (width of the time embedding, token_dim, null_condition). It
+#: says whether it pools into the time embedding and whether it gives tokens for cross-attention.
 CONDITIONINGS = {
     "tokens": TokenCondition, "multi-hot": MultiHotCondition, "mlp": MLPCondition, "linear": LinearCondition,
 }  # fmt: skip
@@ -963,9 +971,9 @@ class Denoiser(ModelMixin, ConfigMixin):
             up_block_types=tuple(f"{prefix[a]}UpBlock2D" for a in reversed(up_attention or attention)),
             norm_num_groups=norm_groups,
             resnet_time_scale_shift="scale_shift" if scale_shift else "default",
-            class_embed_type=None if conditioning == "multi-hot" else "identity",
+            class_embed_type="identity" if self.condition.pools else None,
         )
-        if conditioning in ("tokens", "multi-hot"):
+        if self.condition.gives_tokens:
             # In UNet2DConditionModel this argument is the number of heads, despite its name.
             heads = tuple(max(1, c // head_dim) for c in channels)
             self.unet = UNet2DConditionModel(cross_attention_dim=token_dim, attention_head_dim=heads, **shared)
@@ -1270,10 +1278,7 @@ def train_autoencoder(settings: Settings, dataset: ICLEVRDataset, folder: Path):
     autoencoder.register_to_config(
         latents_mean=latents.mean((0, 2, 3)).tolist(), latents_std=latents.std((0, 2, 3)).tolist()
     )
-    partial = folder.with_suffix(".partial")
-    autoencoder.save_pretrained(partial)
-    write_json(partial / "history.json", history)
-    partial.rename(folder)
+    _save_pretrained(autoencoder, folder, history)
     resumed.unlink()
 
 
@@ -1379,9 +1384,9 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
             # Before the checkpoint: stopped in between, the epoch is done again.
             best = record["loss"] == min(past["loss"] for past in history)
             if best if settings.keep == "best" else epoch + 1 == settings.epochs:
-                _save_pipeline(pipeline, folder / "pipeline", history)
+                _save_pretrained(pipeline, folder / "pipeline", history)
             if settings.keep == "every" and (epoch + 1) % settings.keep_every == 0:
-                _save_pipeline(pipeline, folder / "epochs" / f"{epoch + 1:04d}", history)
+                _save_pretrained(pipeline, folder / "epochs" / f"{epoch + 1:04d}", history)
             state = dict(settings=dataclasses.asdict(settings), model=denoiser.state_dict(), ema=ema.state_dict(),
                          optimizer=optimizer.state_dict(), history=history)  # fmt: skip
             _write_atomically(folder / "checkpoint.pt", lambda p, s=state: torch.save(s, p))
@@ -1389,10 +1394,10 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
         yield Epoch(**record, pipeline=pipeline)
 
 
-def _save_pipeline(pipeline, folder, history):
-    """Save a pipeline and the history up to it as `folder`, whole, in place of an earlier one."""
+def _save_pretrained(model, folder, history):
+    """Save a pipeline or a model and the history up to it as `folder`, whole, in place of an earlier one."""
     partial = folder.with_name(f"{folder.name}.partial")
-    pipeline.save_pretrained(partial)
+    model.save_pretrained(partial)
     write_json(partial / "history.json", history)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -2300,7 +2305,7 @@ def results_table(rows: list[dict]) -> str:
 def name_of(preset: str, choices: dict) -> str:
     """A name for a training run, from what was chosen: fit for a folder, the same for the same choices."""
     parts = [preset, *(f"{name}={value}" for name, value in sorted(choices.items()))]
-    return re.sub(r"[^\w=.-]+", "_", ",".join(parts).replace(",", "+")).strip("_")
+    return re.sub(r"[^\w=.-]+", "_", ",".join(parts)).strip("_")
 
 
 def load_results(settings: Settings, kind: str = "results") -> list[dict]:

@@ -90,15 +90,15 @@ def parse_value(text, default):
     """`text` as a value of the type of `default`. Raises ValueError or SyntaxError where it is not one."""
     if isinstance(default, str):
         return text
+    words = {"true": True, "false": False}
     if default is None:  # a setting that the preset chooses; lab6_utils knows its type
         try:
-            value = {"true": True, "false": False}.get(text.lower()) if text.isalpha() else ast.literal_eval(text)
+            value = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            value = None
+            return text
         return text if value is None else list(value) if isinstance(value, tuple) else value
     if isinstance(default, list) and not text.lstrip().startswith("["):
         return [parse_value(part.strip(), default[0] if default else "") for part in text.split(",")]
-    words = {"true": True, "false": False}
     value = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
     if isinstance(default, float) and type(value) is int:
         value = float(value)
@@ -504,11 +504,11 @@ def main(argv=None, notebooks=NOTEBOOKS):
                 lab6_utils.make_settings(args.profile, **named)
         except ValueError as error:
             raise Refused(error) from None
-        folder = settings.runs / "notebooks" / settings.profile / ("sweep" if args.sweep else "")
         if args.submission:
             submission(settings, notebooks)
             return 0
         if not args.report:
+            folder = settings.runs / "notebooks" / settings.profile / ("sweep" if args.sweep else "")
             jobs = {name: (path, {"profile": settings.profile, **given}) for name, (path, given) in jobs.items()}
             run_all(jobs, folder, run_facts(settings), args.timeout, bool(args.sweep))
         if not args.no_report and not args.sweep:
