@@ -1,5 +1,6 @@
 # make report   run the notebooks, then write report.html and report.pdf   [PROFILE=quick|shipped|full] [ARGS="--only 04"]
 # make test     run the tests                                               [ARGS="-k schedules"]
+# make experiments   the trainings that notebook 06 compares: hours on a CPU; goes on where it was stopped
 # make submission STUDENT_ID=... NAME=...   what the course wants, from the report made last: zip and weights
 # make lab      JupyterLab on the notebooks
 # make lock     requirements.txt from pyproject.toml                        [ARGS=--upgrade]
@@ -21,6 +22,23 @@ report: .venv/installed browser
 
 test: .venv/installed browser
 	$(BIN)/python -m pytest $(ARGS)
+
+# A small network, trained alike but for one choice, with two seeds; then notebook 06 draws the comparisons.
+EXPERIMENT := $(BIN)/python run_notebooks.py --profile shipped --only 06 -p preset=tokens -p max_images=0 \
+  -p epochs=2 --sweep seed=0,1
+
+experiments: .venv/installed
+	$(EXPERIMENT) schedule=linear num_train_timesteps=100,300,500,1000
+	$(EXPERIMENT) schedule=linear-rescaled num_train_timesteps=100,300,500
+	$(EXPERIMENT) schedule=cosine,sigmoid,shifted-cosine
+	$(EXPERIMENT) zero_snr=true
+	$(EXPERIMENT) prediction=epsilon,v_prediction
+	$(EXPERIMENT) loss_weighting=min-snr
+	$(EXPERIMENT) conditioning=multi-hot
+	$(EXPERIMENT) conditioning=tokens,mlp,linear 'attention=["none","none","none"]'
+	$(EXPERIMENT) channels=[24,32,48],[64,96,128]
+	$(EXPERIMENT) norm_groups=8 channels=[24,32,48]
+	$(BIN)/python run_notebooks.py --profile shipped --only 06
 
 submission: .venv/installed browser
 	LAB6_STUDENT_ID="$(STUDENT_ID)" LAB6_STUDENT_NAME="$(NAME)" \
@@ -60,4 +78,4 @@ browser:
 	$(CAN_APT) && echo "installing chromium" && \
 	  { $(APT) chromium fonts-noto-cjk fonts-liberation fonts-dejavu-extra; } >/dev/null 2>&1 || true
 
-.PHONY: help report submission test lab lock clean browser
+.PHONY: help report experiments submission test lab lock clean browser

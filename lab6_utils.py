@@ -1740,17 +1740,23 @@ def save_pictures(images: torch.Tensor, folder: Path):
 # ════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-#: Who reads pictures -> torchvision's network. "resnet18" is the course's; the judge has nothing of it but the task.
-READERS = {"resnet18": "resnet18", "judge": "regnet_y_400mf"}
-
-
 def _make_reader(name):
-    """The network of an evaluator, with 24 sigmoid outputs."""
+    """The network of an evaluator, with 24 sigmoid outputs: the course's ResNet-18 or, for the "judge", a DenseNet."""
     from torchvision import models
 
-    network = getattr(models, READERS[name])(weights=None)
-    network.fc = nn.Sequential(nn.Linear(network.fc.in_features, len(OBJECTS)), nn.Sigmoid())
+    head = lambda width: nn.Sequential(nn.Linear(width, len(OBJECTS)), nn.Sigmoid())
+    if name == "judge":
+        network = models.DenseNet(growth_rate=24, block_config=(6, 12, 18), num_init_features=48)
+        network.classifier = head(network.classifier.in_features)
+    else:
+        network = models.resnet18()
+        network.fc = head(network.fc.in_features)
     return network
+
+
+def _head(network):
+    """The last layer of a reader, a Sequential(Linear, Sigmoid)."""
+    return list(network.children())[-1]
 
 
 class Evaluator:
@@ -1815,8 +1821,13 @@ class Evaluator:
 
         Computed from the network's outputs before the sigmoid, which a sure answer would round to 0 or 1.
         """
-        *body, head = self.network.children()
-        logits = head[0](nn.Sequential(*body, nn.Flatten())(images.float()))
+        kept = []
+        hook = _head(self.network)[0].register_forward_hook(lambda module, inputs, output: kept.append(output))
+        try:
+            self.network(images.float())
+        finally:
+            hook.remove()
+        logits = kept[0]
         return -F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").sum(1)
 
     def eval(self, images: torch.Tensor, labels: torch.Tensor) -> float:
@@ -1833,13 +1844,14 @@ def count_hits(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     Returns:
         (B,) number of labels found, 0 to k. The course's accuracy is their sum over the sum of k.
     """
-    return _found(probabilities, labels.cpu()).sum(-1)
+    labels = labels.cpu()
+    return (_read(probabilities, labels) & labels.bool()).sum(-1)
 
 
-def _found(probabilities, labels):
-    """(..., 24) True where a label of (B, 24) is among the k highest of the (..., B, 24) outputs."""
+def _read(probabilities, labels):
+    """(..., B, 24) True for the k highest outputs of an image, where k labels of (B, 24) are asked for."""
     rank = probabilities.argsort(-1, descending=True).argsort(-1)
-    return (rank < labels.sum(1)[:, None]) & labels.bool()
+    return rank < labels.sum(1)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1870,7 +1882,26 @@ class Evaluation:
 
     def found(self) -> torch.Tensor:
         """(S, N, 24) True where an object asked for is among the image's k highest outputs."""
-        return _found(self.probabilities, self.labels)
+        return _read(self.probabilities, self.labels) & self.labels.bool()
+
+    def errors(self) -> dict:
+        """What is read in place of objects asked for: {kind: {"share", "ci95_sets"}}, of all labels asked for.
+
+        An image's k highest outputs that were not asked for are its errors. "swapped": the colour and the shape were
+        both asked for, of different objects, so that an attribute was bound to the wrong one; "colour": of the two,
+        only the shape was asked for; "shape": only the colour; "both": neither.
+        """
+        asked = self.labels.bool().view(-1, len(SHAPES), len(COLOURS))
+        colour, shape = (asked.any(dim, keepdim=True).expand_as(asked).flatten(1) for dim in (1, 2))
+        wrong = _read(self.probabilities, self.labels) & ~self.labels.bool()
+        kinds = {"swapped": colour & shape, "colour": shape & ~colour, "shape": colour & ~shape,
+                 "both": ~colour & ~shape}  # fmt: skip
+        totals, result = self.labels.sum(1).numpy(), {}
+        for name, kind in kinds.items():
+            counts = (wrong & kind).sum(-1).numpy()
+            share = round(float(counts.sum() / totals.sum() / len(counts)), 4)
+            result[name] = {"share": share, "ci95_sets": bootstrap_intervals(counts, totals)[1]}
+        return result
 
     def metrics(self) -> dict:
         """All measures, with 95% bootstrap intervals of the accuracy; the keys are those of results.json.
@@ -1950,11 +1981,8 @@ def prepare_evaluator(settings: Settings, files: DataFiles, choice: str = "auto"
     return _load_or_train(settings, files, "evaluator", "resnet18")
 
 
-def prepare_judge(settings: Settings, files: DataFiles) -> Evaluator | None:
-    """The judge, which nothing is guided, chosen or stopped by: as `prepare_evaluator` trains it, or the one that
-    ships; None where none does."""
-    if settings.profile not in ("full", "tiny") and not (WEIGHTS / "judge").is_dir():
-        return None
+def prepare_judge(settings: Settings, files: DataFiles) -> Evaluator:
+    """The judge, which nothing is guided, chosen or stopped by: trained here or shipped, as in `prepare_evaluator`."""
     return _load_or_train(settings, files, "judge", "judge")
 
 
@@ -2020,7 +2048,7 @@ def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, he
     start, history = time.perf_counter(), []
     for epoch in range(epochs):
         network.train()
-        network.fc[1] = nn.Identity()  # the loss is surer on logits
+        _head(network)[1] = nn.Identity()  # the loss is surer on logits
         order = rows[torch.randperm(len(rows), generator=make_generator(settings.seed + judge, epoch))]
         total = torch.zeros((), device=device)
         for step in progress(range(steps), f"{reader}, epoch {epoch + 1}"):
@@ -2035,7 +2063,7 @@ def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, he
             optimizer.step()
             schedule.step()
             total += loss.detach()
-        network.fc[1] = nn.Sigmoid()
+        _head(network)[1] = nn.Sigmoid()
         spent = time.perf_counter() - start
         accuracy = None
         if held_out is not None and len(held_out):
@@ -2311,7 +2339,7 @@ def name_of(preset: str, choices: dict) -> str:
 def load_results(settings: Settings, kind: str = "results") -> list[dict]:
     """The measurements of settings.figures/results.json; for the folder quick/ also those of the folder above.
 
-    kind: "results" of the workbook's model, or "experiments", which have the key `experiment`.
+    kind: "results" of the workbook's model, or "experiments" and "trainings" (loss curves) of notebook 06.
     """
     folders = [settings.figures, *([settings.figures.parent] if settings.figures.name == "quick" else [])]
     files = [folder / "results.json" for folder in folders]
@@ -2320,16 +2348,64 @@ def load_results(settings: Settings, kind: str = "results") -> list[dict]:
     ]
 
 
-def save_result(settings: Settings, record: dict):
+#: What the reports say of their systems: accuracy on test.json and new_test.json, and what they counted.
+REPORTED = {
+    "mlp-fusion": ("0.6289", "0.6146", "24 classes right"),
+    "linear-attn": ("0.9219", "0.9531", "top k, by picture"),
+    "cross-attention": ("0.8333", "0.9048", "top k, by label"),
+    "linear-512": ("0.9010", "0.9271", "top k, by picture"),
+    "linear-512-six": ("–", "–", "loss only"),
+}
+
+
+def results_of_presets(settings: Settings, kind: str) -> list[dict]:
+    """Rows of results.json (see `load_results`) of presets as they are: nothing was chosen, no profile shrank them."""
+
+    def as_it_is(row):
+        chosen = row.get("experiment", {"profile": "full"})
+        if row["system"] not in PRESETS or set(chosen) - {"profile", "seed", "epochs", "max_images"}:
+            return False
+        shrunk, whole = (make_settings(p, preset=row["system"], device="cpu") for p in (chosen["profile"], "full"))
+        return settings.profile == "tiny" or shrunk.channels == whole.channels
+
+    return list(filter(as_it_is, load_results(settings, kind)))
+
+
+def systems_table(settings: Settings) -> str:
+    """A Markdown table of the presets: what its report says of each beside what was measured here, by the course's
+    protocol, of the one that has seen most images; "not trained" where nothing was measured."""
+    scored = results_of_presets(settings, "results") + results_of_presets(settings, "experiments")
+    trained = scored + results_of_presets(settings, "trainings")
+    lines = ["| system | parameters | its report: test | new_test | counted | here: test | new_test | images seen |"]
+    lines += ["|" + "---|" * 8]
+    for name in PRESETS:
+        cells = []
+        for split in ("test", "new_test"):
+            rows = [r for r in scored if (r["system"], r["split"]) == (name, split)]
+            best = max(rows, key=lambda r: r["images_seen"], default=None)
+            spread = " ({:.3f} to {:.3f})".format(*best["ci95_sets"]) if best and best["ci95_sets"] else ""
+            cells.append(f"{best['accuracy']:.3f}{spread}, {best['evaluator']}" if best else "not trained")
+        seen = max((r["images_seen"] for r in trained if r["system"] == name), default=0)
+        size = count_parameters(make_denoiser(make_settings("full", preset=name, device="cpu")))
+        cells = [name, f"{size / 1e6:.1f} M", *REPORTED.get(name, "–––"), *cells, f"{seen:,}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def save_result(settings: Settings, record: dict, kind: str = "results"):
     """Add a measurement to settings.figures/results.json; the same measurement made again takes its place.
 
-    One with the key `experiment`, its choices, goes into a list of its own, and takes the place of the last one with
-    the same choices, whatever weights they gave.
+    kind: as in `load_results`. In "experiments" and "trainings" the same choices (key `experiment`) are the same
+    measurement, whatever weights they gave.
     """
+    from filelock import FileLock
+
     path = settings.figures / "results.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": 1, "results": []}
+    path.parent.mkdir(parents=True, exist_ok=True)
     record = record | {"device": device_name(settings), "commit": commit()}
-    kind, what = ("experiments", "experiment") if "experiment" in record else ("results", "weights_sha256")
+    what = "weights_sha256" if kind == "results" else "experiment"
     same = (what, "system", "data", "split", "evaluator_sha256", "sampler", "steps", "guidance", "seeds")
-    rows = [r for r in content.get(kind, []) if any(r.get(name) != record.get(name) for name in same)]
-    write_json(path, content | {kind: [*rows, record]})
+    with FileLock(path.with_suffix(".lock")):  # runs side by side write to one file
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": 1, "results": []}
+        rows = [r for r in content.get(kind, []) if any(r.get(name) != record.get(name) for name in same)]
+        write_json(path, content | {kind: [*rows, record]})

@@ -395,6 +395,21 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in file.parent.iterdir()] == ["results.json"], "nothing temporary is left"
 
 
+def test_errors_are_told_by_kind():
+    """Red cube and blue sphere were asked for; of each picture, one is found and the other is read as ..."""
+    labels = lab.encode_labels([["red cube", "blue sphere"]])
+    kinds = {"red sphere": "swapped", "red cylinder": "shape", "gray sphere": "colour", "gray cylinder": "both"}
+    for read, kind in kinds.items():
+        score = lab.Evaluation(lab.encode_labels([["red cube", read]])[None], labels, "none")
+        assert {name: error["share"] for name, error in score.errors().items() if error["share"]} == {kind: 0.5}
+    right = lab.Evaluation(labels.repeat(5, 1, 1), labels, "none").errors()
+    assert all(error["share"] == 0 for error in right.values())
+    neither = lab.encode_labels([["gray cylinder", "green cylinder"]])
+    two = lab.Evaluation(torch.cat([labels, neither]).expand(6, 2, 24), labels.expand(2, 24), "none")
+    low, high = two.errors()["both"]["ci95_sets"]
+    assert low == 0 and high == 1, "one label set read wholly right, one wholly wrong"
+
+
 def test_results_follow_the_schema(data, runs):
     files, score = lab.find_data(), evaluation(HAND_MADE[1], HAND_MADE[0])
     pipe = make_pipeline(tiny())
@@ -447,11 +462,12 @@ def matrices(file):
         return {tensors.get_slice(k).get_dtype() for k in tensors.keys() if len(tensors.get_slice(k).get_shape()) > 1}  # noqa: SIM118
 
 
-def test_the_shipped_evaluator_reads_real_pictures(real_files):
-    file = shipped("evaluator", "model.safetensors")
-    assert file.stat().st_size <= 23e6 and matrices(file) == {"BF16"}
+@pytest.mark.parametrize(("name", "size"), [("evaluator", 23e6), ("judge", 9e6)])
+def test_the_shipped_evaluators_read_real_pictures(real_files, name, size):
+    file = shipped(name, "model.safetensors")
+    assert file.stat().st_size <= size and matrices(file) == {"BF16"}
     held_out = lab.ICLEVRDataset(real_files, "held-out")
-    evaluator = lab.Evaluator.find()
+    evaluator = lab.Evaluator.load(lab.WEIGHTS / name)
     assert len(held_out) == 30 and evaluator.eval(lab.to_float(held_out.pixels), held_out.labels) >= 0.9
     soft = nn.functional.interpolate(lab.to_float(held_out.pixels), size=32, mode="bilinear", antialias=True)
     soft = nn.functional.interpolate(soft, size=64, mode="bilinear")

@@ -261,7 +261,7 @@ def test_samplers_and_guidance_are_studied(run, scenes, tmp_path):
     shutil.copytree(run.runs, tmp_path / "runs")
     done = Run(tmp_path, scenes, "--only", "06", "--no-report")
     assert done.code == 0, f"{done.out}\n{done.err}"
-    rows = json.loads((done.figures / "results.json").read_text())["experiments"]
+    rows = json.loads((done.figures / "results.json").read_text())["studies"]
     of = lambda study: [r for r in rows if r["experiment"]["study"] == study]
     assert {r["sampler"] for r in of("samplers")} == set(lab.SAMPLERS)
     assert {r["experiment"]["kind"] for r in of("guidance")} == set(lab.GUIDANCES) - {"none"}
@@ -290,6 +290,9 @@ def test_every_preset_trains_resumes_draws_and_is_scored(scenes, tmp_path, monke
     for r in rows:
         assert set(r) >= RESULT_FIELDS | {"parameters"} and r["experiment"]["epochs"] == 2
         assert 0 <= r["accuracy"] <= 1 and r["ci95_sets"] and r["evaluator"] == "resnet18"
+        assert sum(kind["share"] for kind in r["errors"].values()) == pytest.approx(1 - r["accuracy"], abs=1e-3)
+    assert [r["system"] for r in stored["trainings"]] == list(lab.PRESETS)
+    for r in stored["trainings"]:
         before = first[r["system"]]
         assert r["loss"][0] == [before.images_seen, round(before.loss, 5)] and len(r["loss"]) == 2, "went on"
         assert r["images_seen"] == 2 * before.images_seen
@@ -301,14 +304,16 @@ def test_every_preset_trains_resumes_draws_and_is_scored(scenes, tmp_path, monke
 
 
 def compare(done, folder, scenes, stored):
-    """The table of systems of notebook 06, after two more experiments, which differ in the schedule."""
-    for schedule in ("linear", "cosine"):
-        row = stored["experiments"][0]
-        stored["experiments"].append(row | {"experiment": row["experiment"] | {"schedule": schedule}})
+    """The table of systems of notebook 06, after more experiments, each of which differs in one choice."""
+    others = [{"num_train_timesteps": 100, "schedule": "linear"}, {"schedule": "sigmoid"}, {"prediction": "epsilon"},
+              {"conditioning": "multi-hot"}, {"channels": [16, 16, 16]}]  # fmt: skip
+    tests = [r for r in stored["experiments"] if r["system"] == "tokens"]
+    stored["experiments"] += [r | {"experiment": r["experiment"] | other} for other in others for r in tests]
     (done.figures / "results.json").write_text(json.dumps(stored))
     compared = Run(folder, scenes, "--only", "06", "--no-report")
     assert compared.code == 0, f"{compared.out}\n{compared.err}"
-    assert {"06_loss.png", "06_terminal_noise.png", "06_choices.png"} <= {p.name for p in compared.figures.iterdir()}
+    wanted = "loss terminal_noise steps_or_noise diffusion conditioning binding size"
+    assert {f"06_{name}.png" for name in wanted.split()} <= {p.name for p in compared.figures.iterdir()}
     outputs = [o for cell in code_of(compared.notebook("06_experiments")) for o in cell.outputs]
     texts = [o.get("data", {}).get("text/markdown", "") for o in outputs]
     return next(text for text in texts if "reported: test" in text)
