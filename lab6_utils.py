@@ -2383,13 +2383,87 @@ def systems_table(settings: Settings) -> str:
         for split in ("test", "new_test"):
             rows = [r for r in scored if (r["system"], r["split"]) == (name, split)]
             best = max(rows, key=lambda r: r["images_seen"], default=None)
-            spread = " ({:.3f} to {:.3f})".format(*best["ci95_sets"]) if best and best["ci95_sets"] else ""
-            cells.append(f"{best['accuracy']:.3f}{spread}, {best['evaluator']}" if best else "not trained")
+            said = best and f"{_with_interval(best['accuracy'], best['ci95_sets'])}, {best['evaluator']}"
+            cells.append(said or "not trained")
         seen = max((r["images_seen"] for r in trained if r["system"] == name), default=0)
         size = count_parameters(make_denoiser(make_settings("full", preset=name, device="cpu")))
         cells = [name, f"{size / 1e6:.1f} M", *REPORTED.get(name, "–––"), *cells, f"{seen:,}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _whole(row):
+    """Every setting of an experiment, also what it left to its preset."""
+    return make_settings(**{"preset": row["system"], "device": "cpu"} | row["experiment"])
+
+
+def compare_experiments(rows: list[dict], *choice: str) -> dict[tuple, list[dict]]:
+    """The largest group of experiments that differ in the settings `choice` alone (and in the seed), sorted.
+
+    Returns:
+        {values of `choice`: the rows with these}; empty without rows.
+    """
+    groups = {}
+    for row in rows:
+        settings = _whole(row)
+        rest = dataclasses.asdict(settings) | dict.fromkeys([*choice, "seed", "run"])
+        alike = str([rest, *(row[name] for name in ("sampler", "steps", "guidance", "evaluator", "data"))])
+        values = tuple(getattr(settings, name) for name in choice)
+        groups.setdefault(alike, {}).setdefault(values, []).append(row)
+    largest = max(groups.values(), key=len, default={})
+    return dict(sorted(largest.items(), key=lambda item: [str(v) if isinstance(v, tuple) else v for v in item[0]]))
+
+
+def _say(values):
+    return ", ".join(map(str, values)).replace("'", "")
+
+
+def _with_interval(share, interval):
+    return f"{share:.3f}" + (" ({:.2f} to {:.2f})".format(*interval) if interval else "")
+
+
+def comparison_table(group: dict[tuple, list[dict]]) -> str:
+    """A Markdown table of what `compare_experiments` found: each training's accuracy, with its 95% interval."""
+    lines = ["| choice | parameters | test.json, by training | new_test.json, by training |", "|" + "---|" * 4]
+    for values, rows in group.items():
+        cells = [", ".join(_with_interval(r["accuracy"], r["ci95_sets"]) for r in rows if r["split"] == split)
+                 for split in ("test", "new_test")]  # fmt: skip
+        lines.append(f"| {_say(values)} | {rows[0]['parameters'] / 1e6:.2f} M | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot_comparisons(found: dict[tuple, dict]) -> Figure:
+    """Dots for trainings, bars for their 95% intervals; {choice: what `compare_experiments` found for it}."""
+    sizes = [len(group) + 0.6 for group in found.values()]
+    fig, axes = new_figure(8, 0.7 + 0.28 * sum(sizes), rows=len(found), squeeze=False, sharex=True, height_ratios=sizes)
+    for ax, (choice, group) in zip(axes[:, 0], found.items(), strict=True):
+        for y, rows in enumerate(group.values()):
+            for r in rows:
+                new = r["split"] == "new_test"
+                place, ends = y + (0.13 if new else -0.13), r["ci95_sets"] or [r["accuracy"]] * 2
+                ax.plot(ends, [place] * 2, color="tab:blue" if new else "tab:red", alpha=0.3, linewidth=2)
+                ax.plot(r["accuracy"], place, "o", color="tab:blue" if new else "tab:red", markersize=4)
+        ax.set_yticks(range(len(group)), map(_say, group), fontsize=7)
+        ax.set_title(", ".join(choice).replace("_", " "), fontsize=8)
+        ax.set_ylim(len(group) - 0.5, -0.5)
+    axes[-1, 0].set_xlabel("accuracy (upper, red: test.json; lower, blue: new_test.json)", fontsize=8)
+    return fig
+
+
+def plot_errors(errors: dict[str, list[dict]]) -> Figure:
+    """Of each label, the mean of `Evaluation.errors` over a list, as shares of all errors."""
+    kinds = {"swapped": "tab:red", "colour": "tab:orange", "shape": "tab:olive", "both": "tab:gray"}
+    fig, ax = new_figure(8, 0.8 + 0.3 * len(errors))
+    for y, each in enumerate(errors.values()):
+        shares = np.array([sum(e[kind]["share"] for e in each) for kind in kinds])
+        shares = shares / max(shares.sum(), 1e-9)
+        for kind, share, left in zip(kinds, shares, shares.cumsum() - shares, strict=True):
+            ax.barh(y, share, left=left, color=kinds[kind], label=kind if y == 0 else None)
+    ax.set_yticks(range(len(errors)), errors, fontsize=7)
+    ax.set_ylim(len(errors) - 0.5, -0.5)
+    ax.set_xlabel("share of the errors", fontsize=8)
+    fig.legend(fontsize=7, frameon=False, ncols=4, loc="outside upper center")
+    return fig
 
 
 def save_result(settings: Settings, record: dict, kind: str = "results"):

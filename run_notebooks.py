@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run the workbook's notebooks in order, then make the report from them.
 
-    python run_notebooks.py                              notebooks 01 to 05, then report.html and report.pdf
+    python run_notebooks.py                              all notebooks, then report.html and report.pdf
     python run_notebooks.py --profile shipped            tiny, quick, shipped, full, or auto (the default)
     python run_notebooks.py --only 04 -p split=test -p guidance_scale=3
     python run_notebooks.py --report                     only the report, from notebooks that ran before
@@ -50,7 +50,6 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent
 NOTEBOOKS = ROOT / "notebooks"
-LAST_OF_REPORT = 5  # a plain run takes notebooks 01 to 05; later ones are asked for with --only
 LEFT_OUT = {"parameters", "injected-parameters", "interactive", "solution", "no-report"}  # cell tags
 
 
@@ -68,7 +67,7 @@ class Failed(Exception):
 def choose_notebooks(folder, only=None):
     """Paths of the notebooks NN_name.ipynb in `folder`, in order; `only` is "04" or "01,02"."""
     found = {int(path.name[:2]): path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
-    numbers = {int(n) for n in re.findall(r"\d+", only)} if only else {n for n in found if n <= LAST_OF_REPORT}
+    numbers = {int(n) for n in re.findall(r"\d+", only)} if only else set(found)
     if not numbers or numbers - set(found) or not re.fullmatch(r"[\d,]+", only or "1"):
         raise Refused(f"--only {only}: the notebooks are {', '.join(p.stem for p in found.values()) or 'none'}")
     return [found[n] for n in sorted(numbers)]
@@ -492,6 +491,8 @@ def main(argv=None, notebooks=NOTEBOOKS):
         jobs = {}
         for combination in combine(args.sweep or []):
             given = check_parameters(chosen, [*args.assignments, *combination])
+            if not args.only:  # beside the others 06 compares; by itself it trains the preset that it is given
+                given.get(notebooks / "06_experiments.ipynb", {}).pop("preset", None)
             name = re.sub(r"[^\w=.,-]+", "_", ",".join(combination))
             jobs |= {f"{path.stem},{name}".rstrip(","): (path, parameters) for path, parameters in given.items()}
         sys.path.insert(0, str(ROOT))

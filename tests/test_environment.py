@@ -69,6 +69,8 @@ def test_readme_quotes_the_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = json.loads((ROOT / "figures" / "results.json").read_text(encoding="utf-8"))["results"]
     assert lab6_utils.results_table(rows) in readme, "README's table is not the one of figures/results.json"
+    systems = lab6_utils.systems_table(lab6_utils.make_settings("shipped"))
+    assert systems in readme, "README's table of systems is not the one of figures/results.json"
 
 
 def test_committed_results_are_of_the_shipped_weights():

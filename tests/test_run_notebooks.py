@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import nbformat
 import pytest
 from conftest import make_data
 
+import lab6_utils
 import run_notebooks
 from run_notebooks import Refused, check_parameters, choose_notebooks, parse_value
 
@@ -53,7 +55,7 @@ def status(folder):
 def test_choice_of_notebooks(folder):
     for name in ("01_a", "02_b", "05_e", "06_f"):
         write_notebook(folder / f"{name}.ipynb")
-    assert [p.stem for p in choose_notebooks(folder)] == ["01_a", "02_b", "05_e"]
+    assert [p.stem for p in choose_notebooks(folder)] == ["01_a", "02_b", "05_e", "06_f"]
     assert [p.stem for p in choose_notebooks(folder, "06,1")] == ["01_a", "06_f"]
     for only in ("03", "a", "1-2"):
         with pytest.raises(Refused, match="--only"):
@@ -205,3 +207,19 @@ def test_interruption(folder, number):
             return
         time.sleep(0.1)
     pytest.fail("the kernel outlived the run")
+
+
+def test_make_experiments_asks_for_what_can_be(folder, monkeypatch):
+    """Each command of the target passes the checks that come before anything runs."""
+    listed = subprocess.run(["make", "-n", "experiments"], cwd=run_notebooks.ROOT, capture_output=True, text=True)
+    lines = [line for line in listed.stdout.replace("\\\n", "").splitlines() if "run_notebooks.py" in line]
+    asked = []
+    monkeypatch.setattr(run_notebooks, "run_all", lambda jobs, *rest: asked.extend(jobs.values()))
+    monkeypatch.setattr(run_notebooks, "report", lambda *arguments: None)
+    for line in lines:
+        assert run_notebooks.main(shlex.split(line.partition("run_notebooks.py")[2])) == 0, line
+    chosen = [{name: value for name, value in given.items() if name != "profile"} for _, given in asked]
+    assert [c for c in chosen if not c] == [{}], "last, the comparisons"
+    assert {c["seed"] for c in chosen if c.get("preset") == "tokens"} == {0, 1}
+    assert {c["num_train_timesteps"] for c in chosen if c.get("schedule") == "linear"} == {100, 300, 500, 1000}
+    assert {c["preset"] for c in chosen if c} == set(lab6_utils.PRESETS)
