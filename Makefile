@@ -23,7 +23,7 @@ report: .venv/installed browser
 test: .venv/installed browser
 	$(BIN)/python -m pytest $(ARGS)
 
-# A small network, trained twice with each choice; then notebook 06 draws the comparisons.
+# A small network, trained twice with each choice, drawn in 10 steps (steps=0: all T); then 06 compares.
 EXPERIMENT := $(BIN)/python run_notebooks.py --profile shipped --only 06 -p preset=tokens -p max_images=0 \
   -p epochs=2 -p batch_size=32 -p steps=10 --sweep seed=0,1
 SMALL := channels=[32,48,64]
@@ -32,6 +32,8 @@ experiments: .venv/installed
 	$(EXPERIMENT) $(SMALL)
 	$(EXPERIMENT) $(SMALL) schedule=linear num_train_timesteps=100,300,500,1000
 	$(EXPERIMENT) $(SMALL) schedule=linear-rescaled num_train_timesteps=100,300,500
+	$(EXPERIMENT) $(SMALL) steps=0 seeds=1 schedule=linear num_train_timesteps=100,300,500,1000
+	$(EXPERIMENT) $(SMALL) steps=0 seeds=1 schedule=linear-rescaled num_train_timesteps=100,300,500
 	$(EXPERIMENT) $(SMALL) schedule=sigmoid,shifted-cosine
 	$(EXPERIMENT) $(SMALL) zero_snr=true
 	$(EXPERIMENT) $(SMALL) prediction=v_prediction,epsilon
@@ -46,7 +48,7 @@ experiments: .venv/installed
 
 submission: .venv/installed browser
 	LAB6_STUDENT_ID="$(STUDENT_ID)" LAB6_STUDENT_NAME="$(NAME)" \
-	  $(BIN)/python run_notebooks.py --profile $(PROFILE) --submission
+	  $(BIN)/python run_notebooks.py --profile $(PROFILE) --submission $(ARGS)
 
 lab: .venv/installed
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \

@@ -60,6 +60,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D
 from diffusers.utils import BaseOutput
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -111,7 +112,7 @@ def _shrink(preset, profile):
         channels = tuple(max(8, c // 128 * 8) for c in PRESETS[preset]["channels"])
         return dict(channels=channels, layers_per_block=1, norm_groups=8, head_dim=8, warmup_steps=0,
                     autoencoder_channels=(8, 8, 8), autoencoder_epochs=1)  # fmt: skip
-    return {} if profile == "full" else dict(epochs=4, max_images=128, autoencoder_epochs=4)
+    return {} if profile == "full" else dict(epochs=4, max_images=128, autoencoder_epochs=4, steps=20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Settings:
 
     # sampling and evaluation
     sampler: str = "ddpm"  # its fresh noise lets later steps mend what earlier ones got wrong
-    steps: int = 20
+    steps: int = 20  # make_settings takes 0 for all T
     guidance: str = "classifier-free"  # none, classifier-free, composition, classifier-1 or classifier-2
     guidance_scale: float = 3.0
     classifier_input: str = "x_0"  # what the classifier is shown: the x_0 that the network predicts, or x_t
@@ -224,12 +225,22 @@ class Settings:
             )
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout={self.label_dropout}: must be in [0, 1)")
+        if self.label_dropout == 0 and guidance_kind(self) in ("classifier-free", "composition"):
+            raise ValueError(
+                f"label_dropout=0 with guidance={self.guidance!r}: it needs a network that has also learnt to draw "
+                "without labels; use label_dropout=0.1, or another guidance"
+            )
         if self.steps > self.num_train_timesteps:
             raise ValueError(f"steps={self.steps} exceeds num_train_timesteps={self.num_train_timesteps}")
         if self.zero_snr and self.prediction == "epsilon":
             raise ValueError(
                 "zero_snr=True with prediction='epsilon': at the last step x_t holds no signal, so eps says "
                 "nothing about x_0; use prediction='v_prediction' or 'sample'"
+            )
+        if self.zero_snr and self.loss_weighting == "min-snr":
+            raise ValueError(
+                "zero_snr=True with loss_weighting='min-snr': the last step, with which sampling begins, would have "
+                "weight 0 and never be learnt"
             )
         if self.zero_snr and self.sampler == "heun":
             raise ValueError(
@@ -324,6 +335,8 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
         )
     if values["precision"] == "auto":
         values["precision"] = "bf16" if _computes_bf16(values["device"]) else "fp32"
+    if values.get("steps") == 0:
+        values["steps"] = values.get("num_train_timesteps", Settings.num_train_timesteps)
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = tuple(value)
@@ -758,7 +771,8 @@ def make_scheduler(settings: Settings) -> DDPMScheduler:
     All schedules go in as trained_betas; DDPM and DDIM clip pixels of x_0 to [-1, 1] on the way; sampling times are
     spaced "trailing", so that few-step sampling starts at the noisiest step (Lin et al. 2024).
     """
-    alpha_bar = alphas_bar(settings.schedule, settings.num_train_timesteps, settings.schedule_reference)
+    reference = settings.schedule_reference * 64 // settings.image_size  # alphas_bar compares it with 64
+    alpha_bar = alphas_bar(settings.schedule, settings.num_train_timesteps, reference)
     beta = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
     return DDPMScheduler(
         num_train_timesteps=settings.num_train_timesteps,
@@ -805,7 +819,7 @@ def make_sampler(name: str, scheduler: DDPMScheduler):
 # are this workbook's (assumed).
 _REPORT = dict(patch=1, head_dim=8, norm_groups=32, scale_shift=False, layers_per_block=2, schedule="linear",
                prediction="epsilon", weight_decay=0.0, warmup_steps=0, decay_fraction=0.0, label_dropout=0.0,
-               guidance="none", guidance_scale=1.0)  # fmt: skip
+               guidance="none", guidance_scale=1.0, steps=0)  # fmt: skip
 #: What each system fixes in Settings; a field it leaves out keeps its default.
 PRESETS = {
     # Ours: one token per object into cross-attention, their pooled embedding into the time embedding.
@@ -826,7 +840,7 @@ PRESETS = {
     # Report C. The blocks that it names attend to themselves; only the middle block attends to the labels.
     # Assumed: its heads, 32 channels each.
     "cross-attention": _REPORT | dict(
-        channels=(64, 128, 256), attention=("none", "none", "self"), conditioning="multi-hot", token_dim=24,
+        channels=(64, 128, 256), attention=("none", "none", "self"), conditioning="multi-hot",
         head_dim=32, batch_size=64, epochs=50, learning_rate=2e-4, keep="every", keep_every=1,
     ),
     # Report D: a UNet2DModel that adds Linear(24, 512) of the labels to the time embedding.
@@ -880,11 +894,7 @@ class MultiHotCondition(nn.Module):
 
     def __init__(self, width: int, token_dim: int, null_condition: bool):
         super().__init__()
-        if token_dim != len(OBJECTS):
-            raise ValueError(
-                f"token_dim={token_dim} with conditioning='multi-hot': its token has {len(OBJECTS)} numbers"
-            )
-        self.null = nn.Parameter(torch.zeros(token_dim)) if null_condition else None
+        self.null = nn.Parameter(torch.zeros(len(OBJECTS))) if null_condition else None
 
     def forward(self, labels, null):
         token = labels if self.null is None else torch.where(null[:, None], self.null.to(labels), labels)
@@ -974,9 +984,15 @@ class Denoiser(ModelMixin, ConfigMixin):
             class_embed_type="identity" if self.condition.pools else None,
         )
         if self.condition.gives_tokens:
-            # In UNet2DConditionModel this argument is the number of heads, despite its name.
+            # In UNet2DConditionModel this argument is the number of heads, despite its name; but blocks that attend to
+            # themselves take it for the heads' width, and so are set right after.
             heads = tuple(max(1, c // head_dim) for c in channels)
-            self.unet = UNet2DConditionModel(cross_attention_dim=token_dim, attention_head_dim=heads, **shared)
+            width = len(OBJECTS) if conditioning == "multi-hot" else token_dim
+            self.unet = UNet2DConditionModel(cross_attention_dim=width, attention_head_dim=heads, **shared)
+            for block in (*self.unet.down_blocks, *self.unet.up_blocks):
+                for layer in block.attentions if isinstance(block, AttnDownBlock2D | AttnUpBlock2D) else ():
+                    layer.heads = max(1, layer.inner_dim // head_dim)
+                    layer.scale = (layer.inner_dim / layer.heads) ** -0.5
         else:
             self.unet = UNet2DModel(attention_head_dim=head_dim, **shared)
 
@@ -1006,11 +1022,11 @@ class Denoiser(ModelMixin, ConfigMixin):
         return F.pixel_shuffle(self.unet(x, t, class_labels=pooled, **extra).sample, self.config.patch)
 
 
-def make_denoiser(settings: Settings) -> Denoiser:
-    """The network of `settings`, initialised from its seed."""
+def make_denoiser(settings: Settings, device: str | None = None) -> Denoiser:
+    """The network of `settings`, initialised from its seed, on their device or another ("meta": shapes only)."""
     names = ("patch", "channels", "layers_per_block", "attention", "up_attention", "head_dim", "norm_groups",
              "scale_shift", "conditioning", "token_dim")  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
         torch.manual_seed(settings.seed)
         denoiser = Denoiser(
             **{n: getattr(settings, n) for n in names},
@@ -1018,7 +1034,7 @@ def make_denoiser(settings: Settings) -> Denoiser:
             image_channels=3 if settings.space == "pixels" else settings.latent_channels,
             image_size=settings.image_size,
         )
-    return denoiser.to(settings.device, memory_format=torch.channels_last)
+    return denoiser.to(device or settings.device, memory_format=torch.channels_last)
 
 
 def describe_denoiser(denoiser: Denoiser) -> list[dict]:
@@ -1228,8 +1244,8 @@ def train_autoencoder(settings: Settings, dataset: ICLEVRDataset, folder: Path):
     """Train the autoencoder of latent diffusion in `folder`/autoencoder; a generator of one record an epoch.
 
     Its loss is the mean absolute error of the pictures, and 1e-6 times the KL divergence of their latents from N(0, I),
-    which keeps them near each other (Rombach et al. 2022). A finished one is left alone, a stopped one goes on; for
-    diffusion of pixels there is nothing to do.
+    which keeps them near each other (the idea of Rombach et al. 2022). A finished one is left alone, a stopped one
+    goes on; for diffusion of pixels there is nothing to do.
 
     Yields:
         dict: epoch, epochs, loss, error (mean absolute, of pictures in [-1, 1]), seconds_left.
@@ -1700,15 +1716,15 @@ def sample_process(pipe: ICLEVRPipeline, label_set, settings: Settings, seed: in
 
 def guidance_kind(settings: Settings) -> str:
     """`settings.guidance`, or "none" where its scale turns it off."""
-    by_classifier = settings.guidance in BY_CLASSIFIER
-    return "none" if settings.guidance_scale == (0 if by_classifier else 1) else settings.guidance
+    off = {"classifier-free": 1, "classifier-1": 0, "classifier-2": 0}
+    return "none" if off.get(settings.guidance) == settings.guidance_scale else settings.guidance
 
 
-def describe_guidance(kind: str, scale: float | None) -> str:
-    """ "none", "s = 3" (classifier-free) or "composition, s = 3"."""
+def describe_guidance(kind: str, scale: float | None, shown: str | None = None) -> str:
+    """ "none", "s = 3" (classifier-free), "composition, s = 3" or "classifier-2 by x_0, s = 4"."""
     if kind == "none" or scale is None:
         return "none"
-    return f"s = {scale:g}" if kind == "classifier-free" else f"{kind}, s = {scale:g}"
+    return f"s = {scale:g}" if kind == "classifier-free" else f"{kind}{f' by {shown}' if shown else ''}, s = {scale:g}"
 
 
 def samplers_for(pipe: ICLEVRPipeline, settings: Settings) -> list[str]:
@@ -2310,6 +2326,7 @@ def result_record(settings: Settings, pipe: ICLEVRPipeline | None, split: str, s
         "guidance": {
             "kind": guidance_kind(settings) if drawn else "none",
             "scale": settings.guidance_scale if drawn else None,
+            **({"shown": settings.classifier_input} if drawn and guidance_kind(settings) in BY_CLASSIFIER else {}),
         },
         "seeds": len(score.probabilities) if drawn else None,
         **score.metrics(),
@@ -2350,23 +2367,28 @@ def load_results(settings: Settings, kind: str = "results") -> list[dict]:
 
 #: What the reports say of their systems: accuracy on test.json and new_test.json, and what they counted.
 REPORTED = {
-    "mlp-fusion": ("0.6289", "0.6146", "24 classes right"),
+    "mlp-fusion": ("0.6289", "0.6146 (classifier-guided)", "24 classes right (nothing: 0.906, 0.891)"),
     "linear-attn": ("0.9219", "0.9531", "top k, by picture"),
     "cross-attention": ("0.8333", "0.9048", "top k, by label"),
-    "linear-512": ("0.9010", "0.9271", "top k, by picture"),
+    "linear-512": ("0.9010 (T = 500: 0.9740, 100: 0.8021)", "0.9271 (0.8906, 0.7865)", "top k, by picture"),
     "linear-512-six": ("–", "–", "loss only"),
 }
 
 
 def results_of_presets(settings: Settings, kind: str) -> list[dict]:
-    """Rows of results.json (see `load_results`) of presets as they are: nothing was chosen, no profile shrank them."""
+    """Rows of results.json (see `load_results`) of presets as they are: nothing was chosen, no profile shrank them,
+    and what was scored was drawn as the preset says, by a network that a full training made."""
 
     def as_it_is(row):
-        chosen = row.get("experiment", {"profile": "full"})
+        chosen = row.get("experiment", {"profile": "tiny" if settings.profile == "tiny" else "full"})
         if row["system"] not in PRESETS or set(chosen) - {"profile", "seed", "epochs", "max_images"}:
             return False
-        shrunk, whole = (make_settings(p, preset=row["system"], device="cpu") for p in (chosen["profile"], "full"))
-        return settings.profile == "tiny" or shrunk.channels == whole.channels
+        here, whole = (make_settings(p, preset=row["system"], device="cpu") for p in (chosen["profile"], "full"))
+        if kind == "trainings":
+            return settings.profile == "tiny" or here.channels == whole.channels
+        guided = {"kind": guidance_kind(here), "scale": here.guidance_scale}
+        alike = (row["sampler"], row["steps"], row["guidance"]) == (here.sampler, here.steps, guided)
+        return alike and chosen["profile"] == ("tiny" if settings.profile == "tiny" else "full")
 
     return list(filter(as_it_is, load_results(settings, kind)))
 
@@ -2376,24 +2398,28 @@ def systems_table(settings: Settings) -> str:
     protocol, of the one that has seen most images; "not trained" where nothing was measured."""
     scored = results_of_presets(settings, "results") + results_of_presets(settings, "experiments")
     trained = scored + results_of_presets(settings, "trainings")
-    lines = ["| system | parameters | its report: test | new_test | counted | here: test | new_test | images seen |"]
-    lines += ["|" + "---|" * 8]
+    lines = ["| system | parameters | its report: test | new_test | counted | here: test | new_test | drawn by "]
+    lines = [lines[0] + "| images seen |", "|" + "---|" * 9]
     for name in PRESETS:
         cells = []
         for split in ("test", "new_test"):
             rows = [r for r in scored if (r["system"], r["split"]) == (name, split)]
             best = max(rows, key=lambda r: r["images_seen"], default=None)
-            said = best and f"{_with_interval(best['accuracy'], best['ci95_sets'])}, {best['evaluator']}"
+            said = best and f"{with_interval(best['accuracy'], best['ci95_sets'])}, {best['evaluator']}"
             cells.append(said or "not trained")
         seen = max((r["images_seen"] for r in trained if r["system"] == name), default=0)
-        size = count_parameters(make_denoiser(make_settings("full", preset=name, device="cpu")))
-        cells = [name, f"{size / 1e6:.1f} M", *REPORTED.get(name, "–––"), *cells, f"{seen:,}"]
+        own = make_settings("full", preset=name, device="cpu")
+        size = count_parameters(make_denoiser(own, "meta"))
+        drawn = (
+            f"{own.sampler}, {own.steps} steps, guidance {describe_guidance(guidance_kind(own), own.guidance_scale)}"
+        )
+        cells = [name, f"{size / 1e6:.1f} M", *REPORTED.get(name, "–––"), *cells, drawn, f"{seen:,}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _whole(row):
-    """Every setting of an experiment, also what it left to its preset."""
+def settings_of(row: dict) -> Settings:
+    """Every setting of an experiment in results.json, also what it left to its preset."""
     return make_settings(**{"preset": row["system"], "device": "cpu"} | row["experiment"])
 
 
@@ -2405,9 +2431,9 @@ def compare_experiments(rows: list[dict], *choice: str) -> dict[tuple, list[dict
     """
     groups = {}
     for row in rows:
-        settings = _whole(row)
-        rest = dataclasses.asdict(settings) | dict.fromkeys([*choice, "seed", "run"])
-        alike = str([rest, *(row[name] for name in ("sampler", "steps", "guidance", "evaluator", "data"))])
+        settings = settings_of(row)
+        rest = dataclasses.asdict(settings) | dict.fromkeys([*choice, "seed", "seeds", "run"])
+        alike = str([rest, row["evaluator"], row["data"]])
         values = tuple(getattr(settings, name) for name in choice)
         groups.setdefault(alike, {}).setdefault(values, []).append(row)
     largest = max(groups.values(), key=len, default={})
@@ -2418,7 +2444,8 @@ def _say(values):
     return ", ".join(map(str, values)).replace("'", "")
 
 
-def _with_interval(share, interval):
+def with_interval(share: float, interval) -> str:
+    """ "0.612 (0.55 to 0.67)"; without an interval the share alone."""
     return f"{share:.3f}" + (" ({:.2f} to {:.2f})".format(*interval) if interval else "")
 
 
@@ -2426,7 +2453,7 @@ def comparison_table(group: dict[tuple, list[dict]]) -> str:
     """A Markdown table of what `compare_experiments` found: each training's accuracy, with its 95% interval."""
     lines = ["| choice | parameters | test.json, by training | new_test.json, by training |", "|" + "---|" * 4]
     for values, rows in group.items():
-        cells = [", ".join(_with_interval(r["accuracy"], r["ci95_sets"]) for r in rows if r["split"] == split)
+        cells = [", ".join(with_interval(r["accuracy"], r["ci95_sets"]) for r in rows if r["split"] == split)
                  for split in ("test", "new_test")]  # fmt: skip
         lines.append(f"| {_say(values)} | {rows[0]['parameters'] / 1e6:.2f} M | {' | '.join(cells)} |")
     return "\n".join(lines)

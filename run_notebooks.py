@@ -232,7 +232,8 @@ def run_all(jobs, folder, facts, timeout=None, sweep=False):
         def record(state, name=name, parameters=parameters, start=start, **more):
             seconds = round(time.monotonic() - start, 1)
             date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            status[name] = {"state": state, "seconds": seconds, "date": date, **facts, **more, "parameters": parameters}
+            entry = {"state": state, "seconds": seconds, "date": date, **facts, **more, "parameters": parameters}
+            status = read_json(folder / "status.json") | {name: entry}  # another sweep may have written too
             write_text(folder / "status.json", json.dumps(status, indent=1))
             print(f"{name:28}{state}" + ("" if state == "running" else f"  {seconds} s"), flush=True)
 
@@ -413,11 +414,12 @@ def report(settings, notebooks=NOTEBOOKS):
     return pdf
 
 
-def submission(settings, notebooks=NOTEBOOKS):
+def submission(settings, weights="auto", notebooks=NOTEBOOKS):
     """Write DL_LAB6_ID_NAME.zip (the report and the source) and DL_lab6_ID_NAME.pth (the weights) where one is.
 
     The student's number and name are those of LAB6_STUDENT_ID and LAB6_STUDENT_NAME, the report is made of what ran
-    last. The .pth is {"model": state dict of the denoiser, "config": its arguments, ...}, read with weights_only=True.
+    last. The .pth is {"model": state dict of the denoiser, "config": its arguments, "scheduler": those of the
+    DDPMScheduler, ...}, read with weights_only=True.
     """
     import torch
 
@@ -427,7 +429,7 @@ def submission(settings, notebooks=NOTEBOOKS):
     if not all(student) or any(re.search(r'[\\/:*?"<>|\x00-\x1f]', part) for part in student):
         raise Refused('say who you are: make submission STUDENT_ID=... NAME=... (no / \\ : * ? " < > | in them)')
     try:
-        pipe = lab6_utils.load_pipeline(settings)
+        pipe = lab6_utils.load_pipeline(settings, weights)
     except (OSError, ValueError) as error:
         raise Refused(error) from None
     pdf = report(settings, notebooks)
@@ -435,7 +437,7 @@ def submission(settings, notebooks=NOTEBOOKS):
         raise Refused("a submission needs report.pdf")
     name = "_".join(student)
     tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True).stdout
-    files = [ROOT / file for file in tracked.split("\0") if file] or ROOT.glob("*.*")
+    files = [ROOT / file for file in tracked.split("\0") if file] or [*ROOT.glob("*.*"), *ROOT.glob("[nt]*/**/*.*")]
     left_out = {ROOT / "figures", ROOT / "data" / "weights", ROOT / ".ci"}
     target = Path(f"DL_LAB6_{name}.zip").resolve()
     partial = target.with_suffix(".partial.zip")
@@ -447,9 +449,9 @@ def submission(settings, notebooks=NOTEBOOKS):
     os.replace(partial, target)
     print(f"submission  {target}")
     config = {key: value for key, value in pipe.denoiser.config.items() if not key.startswith("_")}
-    weights = dict(model=pipe.denoiser.state_dict(), config=config, prediction=pipe.scheduler.config.prediction_type)
+    weights = dict(model=pipe.denoiser.state_dict(), config=config, scheduler=dict(pipe.scheduler.config))
     if pipe.autoencoder is not None:
-        weights["autoencoder"] = pipe.autoencoder.state_dict()
+        weights |= dict(autoencoder=pipe.autoencoder.state_dict(), autoencoder_config=dict(pipe.autoencoder.config))
     target = target.with_name(f"DL_lab6_{name}.pth")
     partial = target.with_suffix(".partial.pth")
     torch.save(weights, partial)
@@ -491,8 +493,9 @@ def main(argv=None, notebooks=NOTEBOOKS):
         jobs = {}
         for combination in combine(args.sweep or []):
             given = check_parameters(chosen, [*args.assignments, *combination])
-            if not args.only:  # beside the others 06 compares; by itself it trains the preset that it is given
-                given.get(notebooks / "06_experiments.ipynb", {}).pop("preset", None)
+            if not args.only and (six := notebooks / "06_experiments.ipynb") in given:
+                # Beside the others it compares; by itself it trains the preset that it is given.
+                given[six] = {k: v for k, v in given[six].items() if k in ("seed", "resume", "evaluator")}
             name = re.sub(r"[^\w=.,-]+", "_", ",".join(combination))
             jobs |= {f"{path.stem},{name}".rstrip(","): (path, parameters) for path, parameters in given.items()}
         sys.path.insert(0, str(ROOT))
@@ -505,8 +508,10 @@ def main(argv=None, notebooks=NOTEBOOKS):
                 lab6_utils.make_settings(args.profile, **named)
         except ValueError as error:
             raise Refused(error) from None
-        if args.submission:
-            submission(settings, notebooks)
+        if args.submission:  # of the system that notebook 04 would draw with
+            _, given = jobs.get("04_sampling_and_guidance", (None, {}))
+            named = {k: v for k, v in given.items() if k in vars(settings)}
+            submission(lab6_utils.make_settings(args.profile, **named), given.get("weights", "auto"), notebooks)
             return 0
         if not args.report:
             folder = settings.runs / "notebooks" / settings.profile / ("sweep" if args.sweep else "")

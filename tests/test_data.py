@@ -90,6 +90,9 @@ REFUSED = [
     (dict(steps=1001), "steps=1001 exceeds num_train_timesteps=1000"),
     (dict(zero_snr=True, prediction="epsilon"), "zero_snr=True with prediction='epsilon'"),
     (dict(zero_snr=True, sampler="heun"), "sampler='heun' with zero_snr=True"),
+    (dict(zero_snr=True, loss_weighting="min-snr"), "zero_snr=True with loss_weighting='min-snr'"),
+    (dict(label_dropout=0), "label_dropout=0 with guidance='classifier-free'"),
+    (dict(preset="linear-512", guidance="composition"), "label_dropout=0 with guidance='composition'"),
     (dict(guidance="classifier-1", sampler="ddim"), "guidance='classifier-1' with sampler='ddim'"),
     (dict(conditioning="mlp"), "with conditioning='mlp': cross-attention needs conditioning='tokens' or 'multi-hot'"),
     (dict(conditioning="linear", attention=["none"] * 3, up_attention=["none", "none", "cross"]),
@@ -112,6 +115,11 @@ def test_what_cannot_be_is_refused_in_one_line(given, words):
 def test_none_leaves_the_choice_to_the_preset():
     assert tiny(schedule=None, channels=None, preset="linear-attn") == tiny(preset="linear-attn")
     assert tiny(schedule="sigmoid", preset="linear-attn").schedule == "sigmoid"
+
+
+def test_no_steps_are_all_steps():
+    assert tiny(steps=0).steps == 1000 and tiny(steps=0, num_train_timesteps=300).steps == 300
+    assert lab.make_settings("full", preset="linear-512", num_train_timesteps=500).steps == 500
 
 
 def test_folders_follow_profile_and_environment(monkeypatch, tmp_path):

@@ -421,6 +421,12 @@ def test_results_follow_the_schema(data, runs):
         assert record.keys() >= RESULT_FIELDS
         assert record["guidance"] == {"kind": kind, "scale": scale} and record["evaluations"] == passes
     assert (record["system"], record["images_seen"], record["seeds"], record["steps"]) == ("tokens", 4800, 2, 4)
+    for choice, said in (
+        (dict(guidance="composition", guidance_scale=1.0), {"kind": "composition", "scale": 1.0}),
+        (dict(guidance="classifier-2", guidance_scale=0.0), {"kind": "none", "scale": 0.0}),
+        (dict(guidance="classifier-2", classifier_input="x_t"), {"kind": "classifier-2", "scale": 3.0, "shown": "x_t"}),
+    ):
+        assert lab.result_record(tiny(**choice), pipe, "test", score, files)["guidance"] == said
     lab.save_result(settings, lab.result_record(settings, None, "real-held-out", score, files))
     stored = json.loads((settings.figures / "results.json").read_text())
     assert stored["schema"] == 1 and len(stored["results"]) == 4

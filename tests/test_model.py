@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny, tiny_linear
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 import lab6_utils as lab
@@ -16,7 +17,7 @@ MAKERS = {
     "tokens": tiny,
     "linear": tiny_linear,
     "mlp": lambda **overrides: tiny_linear(**dict(conditioning="mlp") | overrides),
-    "multi-hot": lambda **overrides: tiny(**dict(conditioning="multi-hot", token_dim=24) | overrides),
+    "multi-hot": lambda **overrides: tiny(**dict(conditioning="multi-hot") | overrides),
 }
 
 
@@ -94,7 +95,7 @@ def test_null_is_chosen_for_each_picture(denoiser):
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_a_model_without_null_condition_refuses_it(make):
-    denoiser = lab.make_denoiser(make(label_dropout=0.0))
+    denoiser = lab.make_denoiser(make(label_dropout=0.0, guidance="none"))
     assert predict(denoiser, ["red sphere"]).shape == (1, 3, 64, 64)
     with pytest.raises(ValueError, match=r"no null condition .* use guidance_scale=1"):
         predict(denoiser, ["red sphere"], null=torch.ones(1, dtype=torch.bool))
@@ -196,8 +197,8 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def full(preset):
-    return lab.make_settings("full", preset=preset, device="cpu", precision="fp32")
+def full(preset, **overrides):
+    return lab.make_settings("full", preset=preset, device="cpu", precision="fp32", **overrides)
 
 
 def unet_by_hand(channels, down, up, labels=0, label_token=0):
@@ -268,7 +269,7 @@ def test_the_sizes_that_the_notes_give():
 ])  # fmt: skip
 def test_what_the_reports_say(preset, said):
     shared = dict(num_train_timesteps=1000, schedule="linear", prediction="epsilon", loss_weighting="none", patch=1,
-                  label_dropout=0.0, guidance="none", guidance_scale=1.0, sampler="ddpm")  # fmt: skip
+                  label_dropout=0.0, guidance="none", guidance_scale=1.0, sampler="ddpm", steps=1000)  # fmt: skip
     settings = full(preset)
     assert {name: getattr(settings, name) for name in shared | said} == shared | said
 
@@ -284,6 +285,17 @@ def test_tokens_is_our_flagship():
     assert heads == {settings.channels[-1] // settings.head_dim}
     assert denoiser.condition.null is not None and settings.label_dropout > 0
     assert denoiser.unet.config.resnet_time_scale_shift == "scale_shift"
+
+
+@pytest.mark.parametrize(("preset", "change"), [("cross-attention", {}), ("tokens", {"attention": ["self"] * 3})])
+def test_heads_are_as_wide_as_is_said(preset, change):
+    """All of a network that crosses somewhere, on the way down, in the middle and on the way up."""
+    settings = full(preset, **change)
+    layers = [m for m in lab.make_denoiser(settings).modules() if isinstance(m, Attention)]
+    assert len(layers) >= 7
+    for layer in layers:
+        assert layer.heads == max(1, layer.inner_dim // settings.head_dim)
+        assert layer.scale == pytest.approx((layer.inner_dim / layer.heads) ** -0.5)
 
 
 @pytest.mark.parametrize("preset", lab.PRESETS)

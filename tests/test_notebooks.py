@@ -261,7 +261,7 @@ def test_samplers_and_guidance_are_studied(run):
     rows = json.loads((run.figures / "results.json").read_text())["studies"]
     of = lambda study: [r for r in rows if r["experiment"]["study"] == study]
     assert {r["sampler"] for r in of("samplers")} == set(lab.SAMPLERS)
-    assert {r["experiment"]["kind"] for r in of("guidance")} == set(lab.GUIDANCES) - {"none"}
+    assert {r["experiment"]["guidance"] for r in of("guidance")} == set(lab.GUIDANCES) - {"none"}
     for study in ("samplers", "guidance"):
         assert {r["evaluator"] for r in of(study)} == {"resnet18", "judge"}
     figures = {p.stem for p in run.figures.glob("06_*.png")}
@@ -345,6 +345,9 @@ def test_submission(run, tmp_path):
     saved = torch.load(tmp_path / "out" / f"DL_lab6_{name}.pth", weights_only=True)
     denoiser = lab.Denoiser(**saved["config"])
     denoiser.load_state_dict(saved["model"])
+    settings = lab.make_settings("tiny", device="cpu")
+    scheduler = lab.DDPMScheduler.from_config(saved["scheduler"])
+    assert torch.equal(scheduler.alphas_cumprod, lab.make_scheduler(settings).alphas_cumprod)
     trained = lab.ICLEVRPipeline.from_pretrained(run.runs / "tiny" / "tokens" / "pipeline").denoiser
     assert all(torch.equal(a, b) for a, b in zip(denoiser.parameters(), trained.parameters(), strict=True))
 
