@@ -2403,7 +2403,7 @@ def systems_table(settings: Settings) -> str:
     for name in PRESETS:
         cells = []
         for split in ("test", "new_test"):
-            rows = [r for r in scored if (r["system"], r["split"]) == (name, split)]
+            rows = [r for r in scored if (r["system"], r["split"]) == (name, split) and r["evaluator"] != "judge"]
             best = max(rows, key=lambda r: r["images_seen"], default=None)
             said = best and f"{with_interval(best['accuracy'], best['ci95_sets'])}, {best['evaluator']}"
             cells.append(said or "not trained")

@@ -223,3 +223,16 @@ def test_make_experiments_asks_for_what_can_be(folder, monkeypatch):
     assert {c["seed"] for c in chosen if c.get("preset") == "tokens"} == {0, 1}
     assert {c["num_train_timesteps"] for c in chosen if c.get("schedule") == "linear"} == {100, 300, 500, 1000}
     assert {c["preset"] for c in chosen if c} == set(lab6_utils.PRESETS)
+
+
+def test_beside_the_others_06_is_given_no_preset(folder, monkeypatch):
+    """It would train that preset again; by itself, it does."""
+    for name in ("01_a", "06_experiments"):
+        write_notebook(folder / f"{name}.ipynb", parameters='profile = "auto"\nseed = 0\npreset = None\n')
+    given = {}
+    monkeypatch.setattr(run_notebooks, "run_all", lambda jobs, *rest: given.update(jobs))
+    chosen = ("-p", "preset=latent", "-p", "seed=3")
+    assert run(folder, *chosen) == 0
+    assert given["01_a"][1] == {"profile": "tiny", "seed": 3, "preset": "latent"}
+    assert given["06_experiments"][1] == {"profile": "tiny", "seed": 3}
+    assert run(folder, "--only", "06", *chosen) == 0 and given["06_experiments"][1]["preset"] == "latent"
