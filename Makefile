@@ -38,8 +38,9 @@ experiments: .venv/installed
 	$(EXPERIMENT) $(SMALL) zero_snr=true
 	$(EXPERIMENT) $(SMALL) prediction=v_prediction,epsilon
 	$(EXPERIMENT) $(SMALL) loss_weighting=min-snr
-	$(EXPERIMENT) $(SMALL) conditioning=multi-hot
-	$(EXPERIMENT) $(SMALL) conditioning=tokens,linear 'attention=["none","none","none"]'
+	$(EXPERIMENT) $(SMALL) 'attention=["none","none","none"]'
+	$(EXPERIMENT) $(SMALL) epochs=4 conditioning=tokens,multi-hot
+	$(EXPERIMENT) $(SMALL) epochs=4 conditioning=linear 'attention=["none","none","none"]'
 	$(EXPERIMENT) channels=[16,24,32] norm_groups=8
 	$(EXPERIMENT) channels=[64,96,128]
 	$(BIN)/python run_notebooks.py --profile shipped --only 06 -p score=false \

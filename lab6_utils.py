@@ -337,6 +337,8 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
         values["precision"] = "bf16" if _computes_bf16(values["device"]) else "fp32"
     if values.get("steps") == 0:
         values["steps"] = values.get("num_train_timesteps", Settings.num_train_timesteps)
+    if values.get("label_dropout") == 0 and "guidance" not in overrides:
+        values["guidance"] = "none"  # the default one needs a network that has learnt to do without labels
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = tuple(value)
@@ -826,7 +828,8 @@ PRESETS = {
     "tokens": dict(),
     # Ours in the latents of an autoencoder (4 x 16 x 16), which is trained first.
     "latent": dict(space="latents", patch=1, channels=(96, 144, 192), attention=("none", "cross", "cross")),
-    # Report A. Assumed: widths, two layers a block, attention in the middle block, linear schedule, Dropout(0.1).
+    # Report A. Assumed: widths, two layers a block, attention in the middle block, linear schedule, Dropout(0.1). It goes
+    # on from its best epoch; here every run goes on from its last.
     "mlp-fusion": _REPORT | dict(
         channels=(64, 128, 256, 256, 512), attention=("none", "none", "self", "self", "none"),
         up_attention=("none", "self", "self", "none", "none"),  # the 3rd and 4th block on the way up
@@ -1399,7 +1402,9 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
             writer.flush()
             # Before the checkpoint: stopped in between, the epoch is done again.
             best = record["loss"] == min(past["loss"] for past in history)
-            if best if settings.keep == "best" else epoch + 1 == settings.epochs:
+            last = epoch + 1 == settings.epochs
+            # At the end there is one, also where the best was passed before `keep` asked for it.
+            if (best if settings.keep == "best" else last) or (last and not (folder / "pipeline").is_dir()):
                 _save_pretrained(pipeline, folder / "pipeline", history)
             if settings.keep == "every" and (epoch + 1) % settings.keep_every == 0:
                 _save_pretrained(pipeline, folder / "epochs" / f"{epoch + 1:04d}", history)
@@ -2424,10 +2429,11 @@ def settings_of(row: dict) -> Settings:
 
 
 def compare_experiments(rows: list[dict], *choice: str) -> dict[tuple, list[dict]]:
-    """The largest group of experiments that differ in the settings `choice` alone (and in the seed), sorted.
+    """The group of experiments that differ in the settings `choice` alone (and in the seed); of several groups the one
+    that was trained on most images, then the largest.
 
     Returns:
-        {values of `choice`: the rows with these}; empty without rows.
+        {values of `choice`: the rows with these}, sorted; empty without rows.
     """
     groups = {}
     for row in rows:
@@ -2436,8 +2442,9 @@ def compare_experiments(rows: list[dict], *choice: str) -> dict[tuple, list[dict
         alike = str([rest, row["evaluator"], row["data"]])
         values = tuple(getattr(settings, name) for name in choice)
         groups.setdefault(alike, {}).setdefault(values, []).append(row)
-    largest = max(groups.values(), key=len, default={})
-    return dict(sorted(largest.items(), key=lambda item: [str(v) if isinstance(v, tuple) else v for v in item[0]]))
+    trained = lambda group: min(row["images_seen"] for rows in group.values() for row in rows)
+    best = max(groups.values(), key=lambda group: (len(group) > 1, trained(group), len(group)), default={})
+    return dict(sorted(best.items(), key=lambda item: [str(v) if isinstance(v, tuple) else v for v in item[0]]))
 
 
 def _say(values):

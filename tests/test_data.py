@@ -91,7 +91,7 @@ REFUSED = [
     (dict(zero_snr=True, prediction="epsilon"), "zero_snr=True with prediction='epsilon'"),
     (dict(zero_snr=True, sampler="heun"), "sampler='heun' with zero_snr=True"),
     (dict(zero_snr=True, loss_weighting="min-snr"), "zero_snr=True with loss_weighting='min-snr'"),
-    (dict(label_dropout=0), "label_dropout=0 with guidance='classifier-free'"),
+    (dict(label_dropout=0, guidance="classifier-free"), "label_dropout=0 with guidance='classifier-free'"),
     (dict(preset="linear-512", guidance="composition"), "label_dropout=0 with guidance='composition'"),
     (dict(guidance="classifier-1", sampler="ddim"), "guidance='classifier-1' with sampler='ddim'"),
     (dict(conditioning="mlp"), "with conditioning='mlp': cross-attention needs conditioning='tokens' or 'multi-hot'"),

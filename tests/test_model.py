@@ -95,7 +95,7 @@ def test_null_is_chosen_for_each_picture(denoiser):
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_a_model_without_null_condition_refuses_it(make):
-    denoiser = lab.make_denoiser(make(label_dropout=0.0, guidance="none"))
+    denoiser = lab.make_denoiser(make(label_dropout=0.0))
     assert predict(denoiser, ["red sphere"]).shape == (1, 3, 64, 64)
     with pytest.raises(ValueError, match=r"no null condition .* use guidance_scale=1"):
         predict(denoiser, ["red sphere"], null=torch.ones(1, dtype=torch.bool))
