@@ -828,8 +828,8 @@ PRESETS = {
     "tokens": dict(),
     # Ours in the latents of an autoencoder (4 x 16 x 16), which is trained first.
     "latent": dict(space="latents", patch=1, channels=(96, 144, 192), attention=("none", "cross", "cross")),
-    # Report A. Assumed: widths, two layers a block, attention in the middle block, linear schedule, Dropout(0.1). It goes
-    # on from its best epoch; here every run goes on from its last.
+    # Report A. Assumed: widths, two layers a block, attention in the middle block, linear schedule, Dropout(0.1). It
+    # goes on from its best epoch; here every run goes on from its last.
     "mlp-fusion": _REPORT | dict(
         channels=(64, 128, 256, 256, 512), attention=("none", "none", "self", "self", "none"),
         up_attention=("none", "self", "self", "none", "none"),  # the 3rd and 4th block on the way up
