@@ -42,7 +42,7 @@ experiments: .venv/installed
 	$(EXPERIMENT) $(SMALL) epochs=4 conditioning=tokens,multi-hot
 	$(EXPERIMENT) $(SMALL) epochs=4 conditioning=linear 'attention=["none","none","none"]'
 	$(EXPERIMENT) channels=[16,24,32] norm_groups=8
-	$(EXPERIMENT) channels=[64,96,128]
+	$(EXPERIMENT) channels=[48,64,96]
 	$(BIN)/python run_notebooks.py --profile shipped --only 06 -p score=false \
 	  --sweep preset=latent,mlp-fusion,linear-attn,cross-attention,linear-512,linear-512-six
 	$(BIN)/python run_notebooks.py --profile shipped --only 06

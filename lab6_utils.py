@@ -2492,7 +2492,8 @@ def plot_errors(errors: dict[str, list[dict]]) -> Figure:
         shares = np.array([sum(e[kind]["share"] for e in each) for kind in kinds])
         shares = shares / max(shares.sum(), 1e-9)
         for kind, share, left in zip(kinds, shares, shares.cumsum() - shares, strict=True):
-            ax.barh(y, share, left=left, color=kinds[kind], label=kind if y == 0 else None)
+            name = kind if kind == "swapped" else f"wrong {kind}" if kind != "both" else "both wrong"
+            ax.barh(y, share, left=left, color=kinds[kind], label=name if y == 0 else None)
     ax.set_yticks(range(len(errors)), errors, fontsize=7)
     ax.set_ylim(len(errors) - 0.5, -0.5)
     ax.set_xlabel("share of the errors", fontsize=8)
