@@ -1293,10 +1293,9 @@ def train_autoencoder(settings: Settings, dataset: ICLEVRDataset, folder: Path):
         saved = {name: part.state_dict() for name, part in parts.items()} | {"history": history}
         _write_atomically(resumed, lambda temporary, saved=saved: torch.save(saved, temporary))
         yield record
-    latents = LatentDataset(dataset, autoencoder.eval().requires_grad_(False)).mean
-    autoencoder.register_to_config(
-        latents_mean=latents.mean((0, 2, 3)).tolist(), latents_std=latents.std((0, 2, 3)).tolist()
-    )
+    latents = LatentDataset(dataset, autoencoder.eval().requires_grad_(False))
+    mean, spread = latents.mean.mean((0, 2, 3)), latents.mean.var((0, 2, 3)) + latents.std.square().mean((0, 2, 3))
+    autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=spread.sqrt().tolist())
     _save_pretrained(autoencoder, folder, history)
     resumed.unlink()
 

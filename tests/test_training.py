@@ -438,7 +438,8 @@ def test_latents_are_those_of_the_pictures(small, tmp_path):
     latents = lab.LatentDataset(small, autoencoder)
     assert latents.mean.shape == latents.std.shape == (40, 4, 16, 16)
     torch.testing.assert_close(latents.mean.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
-    torch.testing.assert_close(latents.mean.std((0, 2, 3)), torch.ones(4), rtol=0, atol=1e-3)
+    every = torch.cat([latents.draw(torch.arange(40), lab.make_generator(1, i)) for i in range(20)])
+    torch.testing.assert_close(every.std((0, 2, 3)), torch.ones(4), rtol=0, atol=2e-2)  # drawn ones, not their means
     rows = torch.tensor([3, 1])
     draws = torch.stack([latents.draw(rows, lab.make_generator(0, i)) for i in range(400)])
     torch.testing.assert_close(draws.mean(0), latents.mean[rows], rtol=0, atol=0.3 * latents.std.max().item())
