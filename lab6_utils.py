@@ -2383,16 +2383,18 @@ def results_of_presets(settings: Settings, kind: str) -> list[dict]:
     """Rows of results.json (see `load_results`) of presets as they are: nothing was chosen, no profile shrank them,
     and what was scored was drawn as the preset says, by a network that a full training made."""
 
+    whole_profile = "tiny" if settings.profile == "tiny" else "full"
+
     def as_it_is(row):
-        chosen = row.get("experiment", {"profile": "tiny" if settings.profile == "tiny" else "full"})
+        chosen = row.get("experiment", {"profile": whole_profile})
         if row["system"] not in PRESETS or set(chosen) - {"profile", "seed", "epochs", "max_images"}:
             return False
-        here, whole = (make_settings(p, preset=row["system"], device="cpu") for p in (chosen["profile"], "full"))
+        here, whole = (make_settings(p, preset=row["system"], device="cpu") for p in (chosen["profile"], whole_profile))
         if kind == "trainings":
-            return settings.profile == "tiny" or here.channels == whole.channels
+            return here.channels == whole.channels
         guided = {"kind": guidance_kind(here), "scale": here.guidance_scale}
         alike = (row["sampler"], row["steps"], row["guidance"]) == (here.sampler, here.steps, guided)
-        return alike and chosen["profile"] == ("tiny" if settings.profile == "tiny" else "full")
+        return alike and chosen["profile"] == whole_profile
 
     return list(filter(as_it_is, load_results(settings, kind)))
 
@@ -2485,14 +2487,14 @@ def plot_comparisons(found: dict[tuple, dict]) -> Figure:
 
 def plot_errors(errors: dict[str, list[dict]]) -> Figure:
     """Of each label, the mean of `Evaluation.errors` over a list, as shares of all errors."""
-    kinds = {"swapped": "tab:red", "colour": "tab:orange", "shape": "tab:olive", "both": "tab:gray"}
+    kinds = {"swapped": ("swapped", "tab:red"), "colour": ("wrong colour", "tab:orange"),
+             "shape": ("wrong shape", "tab:olive"), "both": ("both wrong", "tab:gray")}  # fmt: skip
     fig, ax = new_figure(8, 0.8 + 0.3 * len(errors))
     for y, each in enumerate(errors.values()):
         shares = np.array([sum(e[kind]["share"] for e in each) for kind in kinds])
         shares = shares / max(shares.sum(), 1e-9)
-        for kind, share, left in zip(kinds, shares, shares.cumsum() - shares, strict=True):
-            name = kind if kind == "swapped" else f"wrong {kind}" if kind != "both" else "both wrong"
-            ax.barh(y, share, left=left, color=kinds[kind], label=name if y == 0 else None)
+        for (name, colour), share, left in zip(kinds.values(), shares, shares.cumsum() - shares, strict=True):
+            ax.barh(y, share, left=left, color=colour, label=name if y == 0 else None)
     ax.set_yticks(range(len(errors)), errors, fontsize=7)
     ax.set_ylim(len(errors) - 0.5, -0.5)
     ax.set_xlabel("share of the errors", fontsize=8)

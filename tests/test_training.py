@@ -440,6 +440,8 @@ def test_latents_are_those_of_the_pictures(small, tmp_path):
     torch.testing.assert_close(latents.mean.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
     every = torch.cat([latents.draw(torch.arange(40), lab.make_generator(1, i)) for i in range(20)])
     torch.testing.assert_close(every.std((0, 2, 3)), torch.ones(4), rtol=0, atol=2e-2)  # drawn ones, not their means
+    spread = latents.mean.var((0, 2, 3)) + latents.std.square().mean((0, 2, 3))
+    torch.testing.assert_close(spread.sqrt(), torch.ones(4), rtol=0, atol=1e-3)
     rows = torch.tensor([3, 1])
     draws = torch.stack([latents.draw(rows, lab.make_generator(0, i)) for i in range(400)])
     torch.testing.assert_close(draws.mean(0), latents.mean[rows], rtol=0, atol=0.3 * latents.std.max().item())
