@@ -29,6 +29,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -82,7 +83,7 @@ WEIGHTS = ROOT / "data" / "weights"
 PROFILES = {
     # the tests: seconds a notebook, every line exercised
     "tiny": dict(batch_size=8, epochs=2, max_images=48, steps=4, seeds=2, ddpm_images=1, evaluator_epochs=1,
-                 evaluation_sets=4, rendered_scenes=24),
+                 evaluation_sets=4, rendered_scenes=24, evaluator_scenes=0),
     # the default without a GPU: shipped weights, a short training shown, few seeds
     "quick": dict(epochs=6, max_images=1024, seeds=5, ddpm_images=2),
     # shipped weights, all seeds, a short training shown; writes figures/
@@ -172,6 +173,7 @@ class Settings:
     keep: str = "last"  # whose weights the pipeline has: of the last epoch or the best; every: and one each keep_every
     keep_every: int = 10
     max_images: int = 0  # train on the first so many images; 0: all
+    leave_out_unseen: bool = False  # train on no picture that shows all objects of one of `unseen_sets`
     rendered_scenes: int = 300  # how many to render where there are no course files
 
     # sampling and evaluation
@@ -184,6 +186,7 @@ class Settings:
     seeds: int = 16
     evaluation_sets: int = 0  # evaluate on the first so many label sets; 0: all
     evaluator_epochs: int = 12
+    evaluator_scenes: int = 1200  # rendered scenes of up to five objects that the evaluators learn from too; 0: none
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -193,8 +196,9 @@ class Settings:
             for value in values if isinstance(values, tuple) else (values,):
                 if value not in allowed:
                     raise ValueError(f"{name}={value!r}: choose from {', '.join(map(str, allowed))}")
+        zero_says_something = ("seed", "warmup_steps", "max_images", "evaluation_sets", "evaluator_scenes")
         for name, type_ in _TYPES.items():
-            may_be_zero = type_ is float or name in ("seed", "warmup_steps", "max_images", "evaluation_sets")
+            may_be_zero = type_ is float or name in zero_says_something
             if type_ in (int, float) and getattr(self, name) < (0 if may_be_zero else 1):
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {0 if may_be_zero else 1}")
         for name in ("ema_decay", "decay_fraction"):
@@ -537,16 +541,22 @@ def load_renderer():
     return render_scenes
 
 
-def _render(scenes):
-    """The folder data/runs/rendered-N with so many rendered scenes, made when it is not whole."""
-    folder = _runs_folder() / f"rendered-{scenes}"
+def _render(scenes, objects=3, seed=0):
+    """The folder data/runs/rendered-N... with so many rendered scenes, made when it is not whole."""
+    folder = _runs_folder() / f"rendered-{scenes}{'' if (objects, seed) == (3, 0) else f'-{objects}-{seed}'}"
     if not (folder / "train.json").is_file():  # which the renderer writes last
         start = time.perf_counter()
-        for done in progress(load_renderer().render_scenes(folder, scenes), "rendering scenes", scenes):
+        rendering = load_renderer().render_scenes(folder, scenes, objects, seed=seed)
+        for done in progress(rendering, "rendering scenes", scenes):
             if headless() and (done % max(1, scenes // 6) == 0):
                 left = (time.perf_counter() - start) / done * (scenes - done)
                 print(f"progress: {done} of {scenes} scenes rendered, {format_seconds(left)} left", flush=True)
     return folder
+
+
+def crowded_scenes(scenes: int, seed: int = 0) -> ICLEVRDataset:
+    """Pictures of one to five objects, which the course's data lacks: five a scene, rendered once into data/runs/."""
+    return ICLEVRDataset(read_data(_render(scenes, 5, seed)), "all")
 
 
 def _read_json(path):
@@ -566,6 +576,12 @@ def held_out_scenes() -> frozenset[str]:
     return frozenset(json.loads((ROOT / "data" / "held_out_scenes.json").read_text())["scenes"])
 
 
+def unseen_sets(kind: str = "unseen") -> list[list[str]]:
+    """200 label sets of two and three objects, none of them in the course's test files: those that training with
+    `leave_out_unseen` never sees, or ("seen") as many of each size that it does see."""
+    return json.loads((ROOT / "data" / "unseen_sets.json").read_text())[kind]
+
+
 class ICLEVRDataset(torch.utils.data.Dataset):
     """Images with their labels; item i is (image (3, 64, 64) float32 in [-1, 1], labels (24,) multi-hot).
 
@@ -578,17 +594,21 @@ class ICLEVRDataset(torch.utils.data.Dataset):
             scene share most of their pixels.
         limit: keep the first so many images; 0 keeps all.
         runs: where the cache goes; default data/runs or $LAB6_RUNS.
+        without: label sets; pictures that show all objects of one of them are left out.
 
     Attributes:
         names: file names; pixels: (N, 3, 64, 64) uint8, memory-mapped; labels: (N, 24).
     """
 
-    def __init__(self, files: DataFiles, split: str = "train", limit: int = 0, runs: Path | None = None):
+    def __init__(self, files: DataFiles, split: str = "train", limit: int = 0, runs: Path | None = None, without=()):
         if split not in ("train", "held-out", "all"):
             raise ValueError(f"split={split!r}: choose from train, held-out, all")
         names = sorted(files.train)
         held_out = files.held_out
         keep = [i for i, n in enumerate(names) if split == "all" or (scene_of(n) in held_out) == (split == "held-out")]
+        if keep and len(without):
+            shown, sets = encode_labels([files.train[names[i]] for i in keep]), encode_labels(without)
+            keep = [i for i, bears in zip(keep, (shown @ sets.T == sets.sum(1)).any(1), strict=True) if not bears]
         keep = keep[: limit or None]
         pixels = _load_cache(files, names, (runs or _runs_folder()) / "cache")
         self.split, self.source = split, files.source
@@ -607,6 +627,12 @@ class ICLEVRDataset(torch.utils.data.Dataset):
     def draw(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """x_0 for training: the images of `rows`, (B, 3, 64, 64) in [-1, 1], on the generator's device."""
         return to_float(self.pixels[rows].to(generator.device))
+
+
+def training_set(settings: Settings, files: DataFiles) -> ICLEVRDataset:
+    """The images that a denoiser is trained on: `max_images` of the training scenes, `leave_out_unseen` or with all."""
+    without = unseen_sets() if settings.leave_out_unseen else ()
+    return ICLEVRDataset(files, "train", settings.max_images, without=without)
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -1841,14 +1867,24 @@ class Evaluator:
 
         Computed from the network's outputs before the sigmoid, which a sure answer would round to 0 or 1.
         """
+        logits = self._at_last_layer(images.float())[1]
+        return -F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").sum(1)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, 64, 64) in [-1, 1] -> (B, width) what the last layer is given, on the CPU, in batches of 256."""
+        with torch.no_grad():
+            return torch.cat([self._at_last_layer(x.to(self.device))[0].float().cpu() for x in images.split(256)])
+
+    def _at_last_layer(self, images):
         kept = []
-        hook = _head(self.network)[0].register_forward_hook(lambda module, inputs, output: kept.append(output))
+        hook = _head(self.network)[0].register_forward_hook(
+            lambda module, inputs, output: kept.extend([*inputs, output])
+        )
         try:
-            self.network(images.float())
+            self.network(images)
         finally:
             hook.remove()
-        logits = kept[0]
-        return -F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").sum(1)
+        return kept
 
     def eval(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """The course's accuracy: of all labels of the batch, the share found (see `count_hits`)."""
@@ -1923,6 +1959,26 @@ class Evaluation:
             result[name] = {"share": share, "ci95_sets": bootstrap_intervals(counts, totals)[1]}
         return result
 
+    def confusions(self) -> torch.Tensor:
+        """(24, 25) how often an object asked for (row) was not found, by the object read in its place (column; the last
+        is "none": no output above 0.5 was left for it).
+
+        Where several of an image's objects are missed, they are paired with what was read so that pairs share as many
+        colours and shapes as they can.
+        """
+        counts = torch.zeros(len(OBJECTS), len(OBJECTS) + 1, dtype=torch.long)
+        read, asked = _read(self.probabilities, self.labels), self.labels.bool().expand_as(self.probabilities)
+        for seed, row in ((read & ~asked).any(-1)).nonzero().tolist():
+            at = seed, row
+            missed = (asked[at] & ~read[at]).nonzero().flatten().tolist()
+            taken = (read[at] & ~asked[at] & (self.probabilities[at] > 0.5)).nonzero().flatten().tolist()
+            taken += [len(OBJECTS)] * (len(missed) - len(taken))
+            shared = lambda a, b: b < len(OBJECTS) and (a % 8 == b % 8) + (a // 8 == b // 8)
+            ways = [list(zip(missed, order, strict=True)) for order in itertools.permutations(taken)]
+            for pair in max(ways, key=lambda way: sum(shared(*pair) for pair in way)):
+                counts[pair] += 1
+        return counts
+
     def metrics(self) -> dict:
         """All measures, with 95% bootstrap intervals of the accuracy; the keys are those of results.json.
 
@@ -1991,6 +2047,94 @@ def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 1
     return (interval(over_seeds) if enough else None), (interval(over_sets) if sets > 1 else None)
 
 
+def paired_test(one: Evaluation, other: Evaluation, resamples: int = 10_000) -> dict:
+    """Is `one` more accurate than `other` on the same label sets? The mean over seeds is compared, set by set.
+
+    Returns:
+        difference of the accuracies; ci95_sets: label sets resampled (percentile bootstrap); p: how often a difference
+        as large turns up when at each label set it is a coin that says whose result is whose (two-sided permutation
+        test, Fisher 1935).
+
+    Raises:
+        ValueError: they are not of the same label sets.
+    """
+    if not torch.equal(one.labels, other.labels):
+        raise ValueError("a paired test compares two evaluations of the same label sets, in the same order")
+    rng, totals = np.random.default_rng(0), one.labels.sum(1).numpy()
+    gain = (one.hits.double().mean(0) - other.hits.double().mean(0)).numpy()
+    weights = rng.multinomial(len(gain), np.full(len(gain), 1 / len(gain)), resamples)
+    low, high = np.percentile(weights @ gain / (weights @ totals), [2.5, 97.5])
+    shuffled = np.abs(rng.choice([-1, 1], (resamples, len(gain))) @ gain)
+    extreme = (shuffled >= abs(gain.sum()) - 1e-9).sum()
+    return {
+        "difference": round(float(gain.sum() / totals.sum()), 4),
+        "ci95_sets": [round(float(low), 4), round(float(high), 4)],
+        "p": round(float((1 + extreme) / (1 + resamples)), 4),
+    }
+
+
+def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Distance of two Gaussians fitted to features, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017).
+
+    Args:
+        one, other: (N, D) and (M, D) features of pictures. It falls with more pictures: compare equal numbers only.
+    """
+    (mean_1, cov_1), (mean_2, cov_2) = ((x.double().mean(0), x.double().T.cov()) for x in (one, other))
+    values, vectors = torch.linalg.eigh(cov_1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    shared = torch.linalg.eigvalsh(root @ cov_2 @ root).clamp(min=0).sqrt().sum()
+    return float((mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * shared)
+
+
+def nearest(queries: torch.Tensor, references: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of (Q, D) the nearest row of (R, D): (distances, root mean square over D; indices), each (Q,)."""
+    found = [torch.cdist(q.float(), references.float()).min(1) for q in queries.split(256)]
+    distances, indices = (torch.cat(each) for each in zip(*found, strict=True))
+    return distances / queries.shape[1] ** 0.5, indices
+
+
+def frechet_by_halves(drawn: torch.Tensor, real: torch.Tensor, other: torch.Tensor, scenes: np.ndarray) -> dict:
+    """Is what was drawn as like real pictures as other real ones are? Five times the scenes are halved at random.
+
+    Args:
+        drawn, real: (N, D) features of pictures with the same labels; scenes: (N,) numbers of the real ones' scenes.
+        other: (M, D) features of real pictures of other scenes, M >= N / 2.
+
+    Returns:
+        {"drawn": of one half's labels, against the real pictures of the other half, "floor": `other`, as many, against
+        these}, each [mean, lowest, highest] of five.
+    """
+    found = {"drawn": [], "floor": []}
+    for i in range(5):
+        generator = make_generator(1, i)
+        order = torch.randperm(int(scenes.max()) + 1, generator=generator)
+        first = (order < len(order) // 2)[torch.from_numpy(scenes)]
+        found["drawn"].append(frechet_distance(drawn[first], real[~first]))
+        extra = torch.randperm(len(other), generator=generator)[: int(first.sum())]
+        found["floor"].append(frechet_distance(other[extra], real[~first]))
+    return {who: [round(float(v), 4) for v in (np.mean(f), min(f), max(f))] for who, f in found.items()}
+
+
+def resampled(statistic, count: int) -> list[float]:
+    """[value, low, high] of statistic(rows), rows an index tensor of `count` pictures; 95% percentile bootstrap."""
+    draws = [torch.randint(count, (count,), generator=make_generator(0, i)) for i in range(300)]
+    interval = np.percentile([statistic(rows) for rows in draws], [2.5, 97.5])
+    return [round(float(v), 4) for v in (statistic(torch.arange(count)), *interval)]
+
+
+def object_places(images: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+    """(N, 2) x and y, in pixels, of the centre of what differs from `background` (3, 64, 64) in (N, 3, 64, 64)."""
+    differs = (images - background).abs().amax(1)
+    weight, at = differs.where(differs > 0.25, 0), torch.arange(64.0)
+    return torch.stack([weight.sum(1) @ at, weight.sum(2) @ at], 1) / weight.sum((1, 2))[:, None].clamp(min=1e-6)
+
+
+def spread_of_places(places: torch.Tensor, labels: torch.Tensor) -> float:
+    """Root mean square distance, in pixels, of (N, 2) places from the mean of those with the same label, of (N,)."""
+    around = [places[labels == o] - places[labels == o].mean(0) for o in labels.unique()]
+    return torch.cat(around).square().sum(1).mean().sqrt().item()
+
+
 def prepare_evaluator(settings: Settings, files: DataFiles, choice: str = "auto") -> Evaluator:
     """The evaluator to use: the course's if it lies with the data, else ours (in the profiles full and tiny
     trained here, unless it has been); or the one at the path `choice`."""
@@ -2012,7 +2156,8 @@ def _load_or_train(settings, files, folder, reader):
     folder = settings.runs / settings.profile / folder
     if not (folder / "model.safetensors").is_file():
         dataset, held_out = ICLEVRDataset(files, "train", settings.max_images), ICLEVRDataset(files, "held-out")
-        for record in train_evaluator(settings, dataset, folder, held_out, reader):
+        crowded = crowded_scenes(settings.evaluator_scenes) if settings.evaluator_scenes else None
+        for record in train_evaluator(settings, dataset, folder, held_out, reader, crowded):
             accuracy = "none here" if record["accuracy"] is None else f"{record['accuracy']:.4f}"
             print(f"epoch {record['epoch']}/{record['epochs']}  {reader} loss {record['loss']:.4f}, "
                   f"held-out accuracy {accuracy}  {format_seconds(record['seconds_left'])} left")  # fmt: skip
@@ -2036,7 +2181,7 @@ def print_course_result(evaluation: Evaluation, split: str, seed: int = 0):
 
 
 def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, held_out: ICLEVRDataset | None = None,
-                    reader: str = "resnet18"):  # fmt: skip
+                    reader: str = "resnet18", crowded: ICLEVRDataset | None = None):  # fmt: skip
     """Train our evaluator and save it in `folder`; yields a record per epoch.
 
     The course's evaluator was trained at 64x64 upsampled from 32x32, and generated pictures are a little soft:
@@ -2050,12 +2195,16 @@ def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, he
         settings: `evaluator_epochs`, `seed`, `device`, `precision` are used.
         dataset: real images; held_out: scored after each epoch, for the eye only, never for selection.
         reader: "resnet18" or "judge".
+        crowded: more pictures to train on, such as `crowded_scenes`, of more objects than the data shows.
 
     Yields:
         dict: epoch, epochs, loss, images_per_s, seconds_left, and accuracy (course's, held out) or None.
     """
     device, epochs, judge = settings.device, settings.evaluator_epochs, reader == "judge"
-    rows = [i for i in range(len(dataset)) if not judge or int(scene_of(dataset.names[i])) % 5]
+    parts = [part for part in (dataset, crowded) if part is not None]
+    pixels, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("pixels", "labels"))
+    names = [name for part in parts for name in part.names]
+    rows = [i for i, name in enumerate(names) if not judge or int(scene_of(name)) % 5]
     rows, batch = torch.tensor(rows), min(64, len(rows))
     vary = _augment_for_judge if judge else _augment
     steps = len(rows) // batch
@@ -2073,11 +2222,11 @@ def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, he
         total = torch.zeros((), device=device)
         for step in progress(range(steps), f"{reader}, epoch {epoch + 1}"):
             index = order[step * batch : (step + 1) * batch]
-            images = to_float(dataset.pixels[index]).to(device)
+            images = to_float(pixels[index]).to(device)
             images = vary(images, make_generator(settings.seed + judge, epoch, step))
             with autocast(settings):
                 logits = network(images.contiguous(memory_format=torch.channels_last))
-            loss = F.binary_cross_entropy_with_logits(logits.float(), dataset.labels[index].to(device))
+            loss = F.binary_cross_entropy_with_logits(logits.float(), labels[index].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -2482,6 +2631,27 @@ def plot_comparisons(found: dict[tuple, dict]) -> Figure:
         ax.set_title(", ".join(choice).replace("_", " "), fontsize=8)
         ax.set_ylim(len(group) - 0.5, -0.5)
     axes[-1, 0].set_xlabel("accuracy (upper, red: test.json; lower, blue: new_test.json)", fontsize=8)
+    return fig
+
+
+def plot_confusions(counts: torch.Tensor, asked: int) -> Figure:
+    """(24, 25) `Evaluation.confusions`, and their sums by kind; `asked`: how many labels were asked for in all."""
+    fig, (ax, bars) = new_figure(8, 4.6, 1, 2, width_ratios=(3, 1))
+    ax.imshow(counts, cmap="Oranges", vmin=0)
+    for y, x in counts.nonzero().tolist():
+        ax.text(x, y, int(counts[y, x]), ha="center", va="center", fontsize=5)
+    ax.set_xticks(range(25), [*OBJECTS, "none"], rotation=90, fontsize=6)
+    ax.set_yticks(range(24), OBJECTS, fontsize=6)
+    ax.set(xlabel="what was read in its place", ylabel="asked for and not found")
+    shape, colour = torch.arange(24) // len(COLOURS), torch.arange(24) % len(COLOURS)
+    same_shape, same_colour = (x[:, None] == x for x in (shape, colour))
+    turned = counts[:, :24]
+    kinds = {"another\ncolour": turned[same_shape], "another\nshape": turned[same_colour],
+             "another\nobject": turned[~same_shape & ~same_colour], "missing": counts[:, 24]}  # fmt: skip
+    bars.barh(list(kinds), [int(n.sum()) for n in kinds.values()], 0.6, color="tab:orange")
+    bars.invert_yaxis()
+    bars.set_xlabel(f"of {asked} labels asked for", fontsize=8)
+    bars.tick_params(labelsize=7)
     return fig
 
 

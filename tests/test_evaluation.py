@@ -206,6 +206,22 @@ def test_the_judge_leaves_every_fifth_scene_out(coloured, tmp_path, monkeypatch)
         assert (sum(seen) > 0) == whites
 
 
+def test_evaluators_learn_from_crowded_scenes_too(coloured, tmp_path, monkeypatch):
+    """The last eight of 40 white pictures are not among those that are held out from the judge by their number."""
+    crowded, seen = type(coloured)(), []
+    crowded.pixels, crowded.labels = torch.full((40, 3, 64, 64), 255, dtype=torch.uint8), coloured.labels[:40]
+    crowded.names = [f"CLEVR_train_{i // 5:06d}_{i % 5}.png" for i in range(40)]
+    for name in ("_augment", "_augment_for_judge"):
+        count = lambda images, generator: (seen.append(int((images == 1).flatten(1).all(1).sum())), images)[1]
+        monkeypatch.setattr(lab, name, count)
+    for reader, whites in (("resnet18", 40), ("judge", 30)):  # two of eight scenes: 0 and 5
+        seen.clear()
+        settings = tiny(evaluator_epochs=1)
+        (record,) = lab.train_evaluator(settings, coloured, tmp_path / reader, reader=reader, crowded=crowded)
+        share = record["images_seen"] / (136 if reader == "resnet18" else 106)
+        assert share * whites * 0.6 < sum(seen) <= whites
+
+
 @pytest.mark.parametrize("augment", [lab._augment, lab._augment_for_judge])
 def test_augmented_pictures_are_pictures_of_the_same(coloured, augment):
     images = lab.to_float(coloured.pixels[::8])
@@ -407,6 +423,72 @@ def test_errors_are_told_by_kind():
     two = lab.Evaluation(torch.cat([labels, neither]).expand(6, 2, 24), labels.expand(2, 24), "none")
     low, high = two.errors()["both"]["ci95_sets"]
     assert low == 0 and high == 1, "one label set read wholly right, one wholly wrong"
+
+
+def test_what_is_read_in_place_of_a_missed_label():
+    """Four pictures of red cube and blue sphere: one right, one mirrored, one with one object gone, one with both."""
+    labels = lab.encode_labels([["red cube", "blue sphere"]])
+    read = [outputs(red_cube=0.9, blue_sphere=0.8), outputs(gray_sphere=0.9, red_cylinder=0.8),
+            outputs(red_cube=0.9, cyan_cube=0.4), outputs()]  # fmt: skip
+    counts = lab.Evaluation(torch.stack(read), labels, "none").confusions()
+    assert counts.shape == (24, 25)
+    named = {(lab.OBJECTS[a], (*lab.OBJECTS, "none")[b]): int(counts[a, b]) for a, b in counts.nonzero().tolist()}
+    assert named == {("red cube", "red cylinder"): 1, ("blue sphere", "gray sphere"): 1, ("blue sphere", "none"): 2,
+                     ("red cube", "none"): 1}  # fmt: skip
+
+
+def test_a_paired_test_sees_what_intervals_do_not():
+    """Sets of three, from hard to easy; one system finds one label more than the other in every second set."""
+    labels = lab.encode_labels([["red cube", "blue sphere", "gray cylinder"]] * 32)
+    places, wrong = labels[0].nonzero().flatten(), [0, 3, 5]
+
+    def reading(hits):
+        probabilities = torch.zeros(1, 32, 24)
+        for row, count in enumerate(hits):
+            probabilities[0, row, [*places[:count], *wrong[count:]]] = 1
+        return lab.Evaluation(probabilities, labels, "none")
+
+    hard = [0, 1, 2, 1] * 8
+    low, high = reading(hard), reading([h + i % 2 for i, h in enumerate(hard)])
+    test = lab.paired_test(high, low)
+    assert test["difference"] == pytest.approx(1 / 6, abs=1e-4) and test["p"] < 0.001
+    assert 0 < test["ci95_sets"][0] < 1 / 6 < test["ci95_sets"][1] < 1 / 3
+    apart = high.metrics()["ci95_sets"][0] - low.metrics()["ci95_sets"][1]
+    assert apart < 0, "the intervals of the two overlap all the same"
+    back = lab.paired_test(low, high)
+    assert back["difference"] == -test["difference"] and back["p"] == pytest.approx(test["p"], abs=1e-3)
+    assert lab.paired_test(low, low)["p"] == 1
+    one_set = reading([h + (i == 0) for i, h in enumerate(hard)])
+    assert lab.paired_test(one_set, low)["p"] > 0.5, "one set proves nothing"
+    with pytest.raises(ValueError, match="same label sets"):
+        lab.paired_test(low, lab.Evaluation(high.probabilities, labels.roll(1, 1), "none"))
+
+
+def test_features_are_what_the_last_layer_is_given(network):
+    evaluator = lab.Evaluator(network, "none")
+    images = torch.rand(5, 3, 64, 64, generator=lab.make_generator(0)) * 2 - 1
+    features = evaluator.features(images)
+    assert features.shape == (5, 512)
+    torch.testing.assert_close(network.fc(features), evaluator(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_frechet_distance_of_gaussians():
+    """Known for independent coordinates: (m1 - m2)^2 + (s1 - s2)^2, summed."""
+    draw = torch.randn(40_000, 4, generator=lab.make_generator(0), dtype=torch.float64)
+    mean, spread = torch.tensor([1.0, 0, 0, 2]), torch.tensor([1.0, 2, 3, 0.5])
+    wanted = mean.square().sum() + (spread - 1).square().sum()
+    other = torch.randn(40_000, 4, generator=lab.make_generator(1)) * spread + mean
+    assert lab.frechet_distance(draw, other) == pytest.approx(wanted.item(), rel=0.03)
+    assert lab.frechet_distance(draw, draw.flip(0)) == pytest.approx(0, abs=1e-6)
+    x, y = draw[:, :2].T
+    up, down = (torch.stack([x, sign * 0.8 * x + 0.6 * y], 1) for sign in (1, -1))  # variances 1, correlated by +-0.8
+    assert lab.frechet_distance(up, down) == pytest.approx(2 * (1.8**0.5 - 0.2**0.5) ** 2, rel=0.03)
+
+
+def test_the_nearest_picture():
+    known = torch.rand(300, 3, 8, generator=lab.make_generator(0)).flatten(1)
+    distance, index = lab.nearest(known[[7, 290]] + 0.1, known)
+    assert index.tolist() == [7, 290] and distance.tolist() == pytest.approx([0.1, 0.1], abs=1e-5)
 
 
 def test_results_follow_the_schema(data, runs):

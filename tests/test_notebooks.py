@@ -265,7 +265,22 @@ def test_samplers_and_guidance_are_studied(run):
     for study in ("samplers", "guidance"):
         assert {r["evaluator"] for r in of(study)} == {"resnet18", "judge"}
     figures = {p.stem for p in run.figures.glob("06_*.png")}
-    assert {"06_samplers", "06_guidance", "06_gamed", "06_terminal_noise"} <= figures
+    assert {"06_samplers", "06_guidance", "06_gamed", "06_terminal_noise", "06_more_objects"} <= figures
+    many = {(r["split"], r["system"], r["experiment"].get("guidance")) for r in of("more objects")}
+    ways = {("tokens", "classifier-free"), ("tokens", "composition"), ("rendered scenes", None)}
+    assert many == {(f"{count} objects", *way) for count in (4, 5) for way in ways}
+
+
+def test_drawn_pictures_are_compared_with_real_ones(run):
+    (row,) = (r for r in json.loads((run.figures / "results.json").read_text())["studies"] if "frechet" in r)
+    assert {"06_nearest", "06_copies", "06_places"} <= {p.stem for p in run.figures.glob("06_*.png")}
+    assert set(row["nearest"]) == {"pixels", "resnet18", "judge"}
+    for drawn, real in row["nearest"].values():
+        assert drawn[0] > 2 * real[0] > 0, "what a network draws after two epochs is far from every picture"
+    for drawn, floor in row["frechet"].values():
+        assert 0 < floor[1] <= floor[0] <= floor[2] < drawn[0]
+    ((drawn, real),) = row["spread"].values()
+    assert drawn[0] > 0 and real[1] <= real[0] <= real[2] < 32
 
 
 def test_every_preset_trains_resumes_draws_and_is_scored(scenes, tmp_path, monkeypatch):
@@ -307,10 +322,12 @@ def compare(done, folder, scenes, stored):
               {"channels": [16, 16, 16]}]  # fmt: skip
     tests = [r for r in stored["experiments"] if r["system"] == "tokens"]
     stored["experiments"] += [r | {"experiment": r["experiment"] | other} for other in others for r in tests]
+    apart = {"experiment": tests[0]["experiment"] | {"leave_out_unseen": True}}
+    stored["experiments"] += [tests[0] | apart | {"split": split} for split in ("unseen", "seen")]
     (done.figures / "results.json").write_text(json.dumps(stored))
     compared = Run(folder, scenes, "--only", "06", "--no-report")
     assert compared.code == 0, f"{compared.out}\n{compared.err}"
-    wanted = "loss terminal_noise steps_or_noise diffusion conditioning binding size"
+    wanted = "loss terminal_noise steps_or_noise diffusion conditioning binding size unseen"
     assert {f"06_{name}.png" for name in wanted.split()} <= {p.name for p in compared.figures.iterdir()}
     outputs = [o for cell in code_of(compared.notebook("06_experiments")) for o in cell.outputs]
     texts = [o.get("data", {}).get("text/markdown", "") for o in outputs]
