@@ -173,7 +173,7 @@ class Settings:
     keep: str = "last"  # whose weights the pipeline has: of the last epoch or the best; every: and one each keep_every
     keep_every: int = 10
     max_images: int = 0  # train on the first so many images; 0: all
-    leave_out_unseen: bool = False  # train on no picture that shows all objects of one of `unseen_sets`
+    leave_out: str = "none"  # unseen: train on no picture that shows a set of `unseen_sets`; random: on as few others
     rendered_scenes: int = 300  # how many to render where there are no course files
 
     # sampling and evaluation
@@ -283,7 +283,8 @@ def _allowed():
         "device": ("cuda", "mps", "cpu"), "precision": ("bf16", "fp32"),
         "patch": (1, 2, 4), "attention": ("none", "self", "cross"), "conditioning": CONDITIONINGS,
         "up_attention": ("none", "self", "cross"), "loss_weighting": ("none", "min-snr"),
-        "keep": ("last", "best", "every"), "guidance": GUIDANCES, "classifier_input": ("x_0", "x_t"),
+        "keep": ("last", "best", "every"), "leave_out": ("none", "unseen", "random"), "guidance": GUIDANCES,
+        "classifier_input": ("x_0", "x_t"),
         "prediction": ("epsilon", "v_prediction", "sample"), "schedule": SCHEDULES, "sampler": SAMPLERS,
     }  # fmt: skip
 
@@ -554,8 +555,11 @@ def _render(scenes, objects=3, seed=0):
     return folder
 
 
-def crowded_scenes(scenes: int, seed: int = 0) -> ICLEVRDataset:
-    """Pictures of one to five objects, which the course's data lacks: five a scene, rendered once into data/runs/."""
+def crowded_scenes(scenes: int, seed: int) -> ICLEVRDataset:
+    """Pictures of one to five objects, which the course's data lacks: five a scene, rendered once into data/runs/.
+
+    seed: 1 is what evaluators learn from, 2 what tests them, 0 what stands in for the course's scenes.
+    """
     return ICLEVRDataset(read_data(_render(scenes, 5, seed)), "all")
 
 
@@ -576,10 +580,11 @@ def held_out_scenes() -> frozenset[str]:
     return frozenset(json.loads((ROOT / "data" / "held_out_scenes.json").read_text())["scenes"])
 
 
-def unseen_sets(kind: str = "unseen") -> list[list[str]]:
-    """200 label sets of two and three objects, none of them in the course's test files: those that training with
-    `leave_out_unseen` never sees, or ("seen") as many of each size that it does see."""
-    return json.loads((ROOT / "data" / "unseen_sets.json").read_text())[kind]
+def unseen_sets() -> dict[str, list[list[str]]]:
+    """200 label sets by kind, which training with leave_out="unseen" never sees: none of them in the course's test
+    files, none in a picture that shows more. "pairs": two objects; "triples of such a pair": such a pair and a third
+    object; "triples": three objects of which each two do occur together."""
+    return json.loads((ROOT / "data" / "unseen_sets.json").read_text())["sets"]
 
 
 class ICLEVRDataset(torch.utils.data.Dataset):
@@ -594,7 +599,7 @@ class ICLEVRDataset(torch.utils.data.Dataset):
             scene share most of their pixels.
         limit: keep the first so many images; 0 keeps all.
         runs: where the cache goes; default data/runs or $LAB6_RUNS.
-        without: label sets; pictures that show all objects of one of them are left out.
+        without: file names to leave out.
 
     Attributes:
         names: file names; pixels: (N, 3, 64, 64) uint8, memory-mapped; labels: (N, 24).
@@ -606,10 +611,7 @@ class ICLEVRDataset(torch.utils.data.Dataset):
         names = sorted(files.train)
         held_out = files.held_out
         keep = [i for i, n in enumerate(names) if split == "all" or (scene_of(n) in held_out) == (split == "held-out")]
-        if keep and len(without):
-            shown, sets = encode_labels([files.train[names[i]] for i in keep]), encode_labels(without)
-            keep = [i for i, bears in zip(keep, (shown @ sets.T == sets.sum(1)).any(1), strict=True) if not bears]
-        keep = keep[: limit or None]
+        keep = [i for i in keep if names[i] not in without][: limit or None]
         pixels = _load_cache(files, names, (runs or _runs_folder()) / "cache")
         self.split, self.source = split, files.source
         self.names = [names[i] for i in keep]
@@ -630,9 +632,15 @@ class ICLEVRDataset(torch.utils.data.Dataset):
 
 
 def training_set(settings: Settings, files: DataFiles) -> ICLEVRDataset:
-    """The images that a denoiser is trained on: `max_images` of the training scenes, `leave_out_unseen` or with all."""
-    without = unseen_sets() if settings.leave_out_unseen else ()
-    return ICLEVRDataset(files, "train", settings.max_images, without=without)
+    """The images that a denoiser is trained on: the first `max_images` of those that `leave_out` leaves."""
+    whole, out = ICLEVRDataset(files, "train"), ()
+    if settings.leave_out != "none" and len(whole):
+        sets = encode_labels([names for kind in unseen_sets().values() for names in kind])
+        shows = (whole.labels @ sets.T == sets.sum(1)).any(1)
+        if settings.leave_out == "random":
+            shows = shows[torch.randperm(len(shows), generator=make_generator(0))]
+        out = {name for name, left_out in zip(whole.names, shows, strict=True) if left_out}
+    return ICLEVRDataset(files, "train", settings.max_images, without=out)
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -1452,7 +1460,7 @@ def _save_pretrained(model, folder, history):
 #: Settings that may change when a run is resumed. `epochs` moves the decay of the learning rate, no step before it.
 _RESUMABLE = {"profile", "run", "device", "precision", "epochs", "keep", "keep_every", "sampler", "steps", "guidance",
               "guidance_scale", "classifier_input", "ddpm_images", "seeds", "evaluation_sets",
-              "evaluator_epochs"}  # fmt: skip
+              "evaluator_epochs", "evaluator_scenes"}  # fmt: skip
 
 
 def _first_line(error):
@@ -1466,7 +1474,8 @@ def _read_checkpoint(settings, folder):
         return None
     try:
         state = torch.load(file, map_location=settings.device, weights_only=True)
-        saved = dict(state["settings"])
+        defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+        saved = defaults | dict(state["settings"])  # what a setting says that is younger than the checkpoint
     except Exception as error:
         raise ValueError(
             f"{file}: not a checkpoint of this workbook ({_first_line(error)}); delete it to start afresh"
@@ -1960,21 +1969,24 @@ class Evaluation:
         return result
 
     def confusions(self) -> torch.Tensor:
-        """(24, 25) how often an object asked for (row) was not found, by the object read in its place (column; the last
-        is "none": no output above 0.5 was left for it).
+        """(24, 26) how often an object asked for (row) was not found, by the object read in its place (column).
 
-        Where several of an image's objects are missed, they are paired with what was read so that pairs share as many
-        colours and shapes as they can.
+        The last two columns: "none", no output above 0.5 was left for it; "outranked", it was read too (above 0.5), but
+        more objects were than were asked for. Where several of an image's objects are missed, they are paired with what
+        was read so that pairs share as many colours and shapes as they can.
         """
-        counts = torch.zeros(len(OBJECTS), len(OBJECTS) + 1, dtype=torch.long)
+        none, outranked = len(OBJECTS), len(OBJECTS) + 1
+        counts = torch.zeros(len(OBJECTS), len(OBJECTS) + 2, dtype=torch.long)
         read, asked = _read(self.probabilities, self.labels), self.labels.bool().expand_as(self.probabilities)
-        for seed, row in ((read & ~asked).any(-1)).nonzero().tolist():
-            at = seed, row
-            missed = (asked[at] & ~read[at]).nonzero().flatten().tolist()
-            taken = (read[at] & ~asked[at] & (self.probabilities[at] > 0.5)).nonzero().flatten().tolist()
-            taken += [len(OBJECTS)] * (len(missed) - len(taken))
-            shared = lambda a, b: b < len(OBJECTS) and (a % 8 == b % 8) + (a // 8 == b // 8)
-            ways = [list(zip(missed, order, strict=True)) for order in itertools.permutations(taken)]
+        shared = lambda a, b: b < none and (a % len(COLOURS) == b % len(COLOURS)) + (a // 8 == b // 8)
+        for image in (read & ~asked).any(-1).nonzero().tolist():
+            sure = self.probabilities[*image] > 0.5
+            missed = asked[*image] & ~read[*image]
+            counts[missed & sure, outranked] += 1
+            missed = (missed & ~sure).nonzero().flatten().tolist()
+            taken = (read[*image] & ~asked[*image] & sure).nonzero().flatten().tolist()
+            taken += [none] * (len(missed) - len(taken))
+            ways = [list(zip(missed, order, strict=True)) for order in itertools.permutations(taken, len(missed))]
             for pair in max(ways, key=lambda way: sum(shared(*pair) for pair in way)):
                 counts[pair] += 1
         return counts
@@ -2047,28 +2059,28 @@ def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 1
     return (interval(over_seeds) if enough else None), (interval(over_sets) if sets > 1 else None)
 
 
-def paired_test(one: Evaluation, other: Evaluation, resamples: int = 10_000) -> dict:
+def paired_test(one, other, totals, resamples: int = 10_000) -> dict:
     """Is `one` more accurate than `other` on the same label sets? The mean over seeds is compared, set by set.
+
+    Args:
+        one, other: (S, N) labels found (`Evaluation.hits`), the same N label sets in the same order; S may differ.
+        totals: (N,) labels asked for.
 
     Returns:
         difference of the accuracies; ci95_sets: label sets resampled (percentile bootstrap); p: how often a difference
         as large turns up when at each label set it is a coin that says whose result is whose (two-sided permutation
         test, Fisher 1935).
-
-    Raises:
-        ValueError: they are not of the same label sets.
     """
-    if not torch.equal(one.labels, other.labels):
-        raise ValueError("a paired test compares two evaluations of the same label sets, in the same order")
-    rng, totals = np.random.default_rng(0), one.labels.sum(1).numpy()
-    gain = (one.hits.double().mean(0) - other.hits.double().mean(0)).numpy()
+    one, other, totals = (np.asarray(x, dtype=float) for x in (one, other, totals))
+    if not one.shape[-1] == other.shape[-1] == len(totals):
+        raise ValueError(f"{one.shape[-1]} and {other.shape[-1]} results for {len(totals)} label sets: not in pairs")
+    rng, gain = np.random.default_rng(0), one.mean(0) - other.mean(0)
     weights = rng.multinomial(len(gain), np.full(len(gain), 1 / len(gain)), resamples)
-    low, high = np.percentile(weights @ gain / (weights @ totals), [2.5, 97.5])
     shuffled = np.abs(rng.choice([-1, 1], (resamples, len(gain))) @ gain)
     extreme = (shuffled >= abs(gain.sum()) - 1e-9).sum()
     return {
         "difference": round(float(gain.sum() / totals.sum()), 4),
-        "ci95_sets": [round(float(low), 4), round(float(high), 4)],
+        "ci95_sets": [round(float(v), 4) for v in np.percentile(weights @ gain / (weights @ totals), [2.5, 97.5])],
         "p": round(float((1 + extreme) / (1 + resamples)), 4),
     }
 
@@ -2077,7 +2089,8 @@ def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
     """Distance of two Gaussians fitted to features, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017).
 
     Args:
-        one, other: (N, D) and (M, D) features of pictures. It falls with more pictures: compare equal numbers only.
+        one, other: (N, D) and (M, D) features of pictures. The estimate falls with more pictures: compare equal
+            numbers only.
     """
     (mean_1, cov_1), (mean_2, cov_2) = ((x.double().mean(0), x.double().T.cov()) for x in (one, other))
     values, vectors = torch.linalg.eigh(cov_1)
@@ -2093,46 +2106,59 @@ def nearest(queries: torch.Tensor, references: torch.Tensor) -> tuple[torch.Tens
     return distances / queries.shape[1] ** 0.5, indices
 
 
-def frechet_by_halves(drawn: torch.Tensor, real: torch.Tensor, other: torch.Tensor, scenes: np.ndarray) -> dict:
+def frechet_by_halves(drawn: torch.Tensor, real: torch.Tensor, scenes, other: torch.Tensor, other_scenes) -> dict:
     """Is what was drawn as like real pictures as other real ones are? Five times the scenes are halved at random.
 
     Args:
-        drawn, real: (N, D) features of pictures with the same labels; scenes: (N,) numbers of the real ones' scenes.
-        other: (M, D) features of real pictures of other scenes, M >= N / 2.
+        drawn, real: (N, D) features of pictures with the same labels; scenes: (N,) names of the real ones' scenes.
+        other, other_scenes: (M, D) features of real pictures of other scenes, of at least half as many scenes.
 
     Returns:
-        {"drawn": of one half's labels, against the real pictures of the other half, "floor": `other`, as many, against
-        these}, each [mean, lowest, highest] of five.
+        {"drawn": with one half's labels, against the real pictures of the other half; "floor": `other`, of as many
+        scenes, against these}, each [mean, lowest, highest] of five.
     """
+    half = len(np.unique(scenes)) // 2
+    if not 1 < half <= len(np.unique(other_scenes)):
+        raise ValueError(f"{len(np.unique(scenes))} scenes and {len(np.unique(other_scenes))} others: too few to halve")
     found = {"drawn": [], "floor": []}
     for i in range(5):
-        generator = make_generator(1, i)
-        order = torch.randperm(int(scenes.max()) + 1, generator=generator)
-        first = (order < len(order) // 2)[torch.from_numpy(scenes)]
+        rng = np.random.default_rng(i)
+        first = torch.from_numpy(np.isin(scenes, rng.permutation(np.unique(scenes))[:half]))
+        extra = torch.from_numpy(np.isin(other_scenes, rng.permutation(np.unique(other_scenes))[:half]))
         found["drawn"].append(frechet_distance(drawn[first], real[~first]))
-        extra = torch.randperm(len(other), generator=generator)[: int(first.sum())]
         found["floor"].append(frechet_distance(other[extra], real[~first]))
     return {who: [round(float(v), 4) for v in (np.mean(f), min(f), max(f))] for who, f in found.items()}
 
 
-def resampled(statistic, count: int) -> list[float]:
-    """[value, low, high] of statistic(rows), rows an index tensor of `count` pictures; 95% percentile bootstrap."""
-    draws = [torch.randint(count, (count,), generator=make_generator(0, i)) for i in range(300)]
-    interval = np.percentile([statistic(rows) for rows in draws], [2.5, 97.5])
-    return [round(float(v), 4) for v in (statistic(torch.arange(count)), *interval)]
+def mean_by_group(values, groups) -> list[float]:
+    """[mean, low, high] of (N,) values, 95% percentile bootstrap over groups: those of one group (a scene) together."""
+    number = np.unique(groups, return_inverse=True)[1]
+    sums, counts = np.bincount(number, np.asarray(values, dtype=float)), np.bincount(number)
+    return [round(float(sums.sum() / counts.sum()), 4), *bootstrap_intervals(sums[None], counts)[1]]
 
 
-def object_places(images: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-    """(N, 2) x and y, in pixels, of the centre of what differs from `background` (3, 64, 64) in (N, 3, 64, 64)."""
-    differs = (images - background).abs().amax(1)
-    weight, at = differs.where(differs > 0.25, 0), torch.arange(64.0)
-    return torch.stack([weight.sum(1) @ at, weight.sum(2) @ at], 1) / weight.sum((1, 2))[:, None].clamp(min=1e-6)
+#: Colours that can be told from all others and from the ground by their hue, as CLEVR's RGB; yellow only without brown.
+HUES = {"red": (173, 35, 35), "blue": (42, 75, 215), "green": (29, 105, 20), "purple": (129, 38, 192),
+        "cyan": (41, 208, 208), "yellow": (255, 238, 51)}  # fmt: skip
 
 
-def spread_of_places(places: torch.Tensor, labels: torch.Tensor) -> float:
-    """Root mean square distance, in pixels, of (N, 2) places from the mean of those with the same label, of (N,)."""
-    around = [places[labels == o] - places[labels == o].mean(0) for o in labels.unique()]
-    return torch.cat(around).square().sum(1).mean().sqrt().item()
+def object_places(images: torch.Tensor, colour: str) -> torch.Tensor:
+    """(N, 2) x and y, in pixels, of the centre of what has this colour's hue (see HUES) in (N, 3, 64, 64); nan where
+    fewer than 5 pixels have."""
+    grayless = lambda rgb, dim: rgb - rgb.mean(dim, keepdim=True)
+    wanted = F.normalize(grayless(torch.tensor(HUES[colour]) / 255, 0), dim=0)
+    found = grayless((images + 1) / 2, 1)
+    alike = torch.einsum("nchw,c->nhw", F.normalize(found, dim=1), wanted)
+    has = ((alike > 0.9) & (found.norm(dim=1) > 0.12)).float()
+    at, count = torch.arange(images.shape[-1], dtype=torch.float32), has.sum((1, 2))
+    places = torch.stack([has.sum(1) @ at, has.sum(2) @ at], 1) / count[:, None]
+    return places.where(count[:, None] >= 5, math.nan)
+
+
+def spread_of_places(places: torch.Tensor) -> float:
+    """Root mean square distance, in pixels, of (N, 2) places from their mean; those that are nan left out."""
+    places = places[~places.isnan().any(1)]
+    return places.var(0).sum().sqrt().item()
 
 
 def prepare_evaluator(settings: Settings, files: DataFiles, choice: str = "auto") -> Evaluator:
@@ -2156,7 +2182,7 @@ def _load_or_train(settings, files, folder, reader):
     folder = settings.runs / settings.profile / folder
     if not (folder / "model.safetensors").is_file():
         dataset, held_out = ICLEVRDataset(files, "train", settings.max_images), ICLEVRDataset(files, "held-out")
-        crowded = crowded_scenes(settings.evaluator_scenes) if settings.evaluator_scenes else None
+        crowded = crowded_scenes(settings.evaluator_scenes, seed=1) if settings.evaluator_scenes else None
         for record in train_evaluator(settings, dataset, folder, held_out, reader, crowded):
             accuracy = "none here" if record["accuracy"] is None else f"{record['accuracy']:.4f}"
             print(f"epoch {record['epoch']}/{record['epochs']}  {reader} loss {record['loss']:.4f}, "
@@ -2589,7 +2615,7 @@ def compare_experiments(rows: list[dict], *choice: str) -> dict[tuple, list[dict
     for row in rows:
         settings = settings_of(row)
         rest = dataclasses.asdict(settings) | dict.fromkeys([*choice, "seed", "seeds", "run"])
-        alike = str([rest, row["evaluator"], row["data"]])
+        alike = str([rest, row["evaluator_sha256"], row["data"]])
         values = tuple(getattr(settings, name) for name in choice)
         groups.setdefault(alike, {}).setdefault(values, []).append(row)
     trained = lambda group: min(row["images_seen"] for rows in group.values() for row in rows)
@@ -2635,19 +2661,20 @@ def plot_comparisons(found: dict[tuple, dict]) -> Figure:
 
 
 def plot_confusions(counts: torch.Tensor, asked: int) -> Figure:
-    """(24, 25) `Evaluation.confusions`, and their sums by kind; `asked`: how many labels were asked for in all."""
+    """(24, 26) `Evaluation.confusions`, and their sums by kind; `asked`: how many labels were asked for in all."""
     fig, (ax, bars) = new_figure(8, 4.6, 1, 2, width_ratios=(3, 1))
     ax.imshow(counts, cmap="Oranges", vmin=0)
     for y, x in counts.nonzero().tolist():
         ax.text(x, y, int(counts[y, x]), ha="center", va="center", fontsize=5)
-    ax.set_xticks(range(25), [*OBJECTS, "none"], rotation=90, fontsize=6)
+    ax.set_xticks(range(26), [*OBJECTS, "none", "outranked"], rotation=90, fontsize=6)
     ax.set_yticks(range(24), OBJECTS, fontsize=6)
     ax.set(xlabel="what was read in its place", ylabel="asked for and not found")
     shape, colour = torch.arange(24) // len(COLOURS), torch.arange(24) % len(COLOURS)
     same_shape, same_colour = (x[:, None] == x for x in (shape, colour))
-    turned = counts[:, :24]
-    kinds = {"another\ncolour": turned[same_shape], "another\nshape": turned[same_colour],
-             "another\nobject": turned[~same_shape & ~same_colour], "missing": counts[:, 24]}  # fmt: skip
+    others = counts[:, :24]
+    kinds = {"another\ncolour": others[same_shape], "another\nshape": others[same_colour],
+             "another\nobject": others[~same_shape & ~same_colour], "none": counts[:, 24],
+             "outranked": counts[:, 25]}  # fmt: skip
     bars.barh(list(kinds), [int(n.sum()) for n in kinds.values()], 0.6, color="tab:orange")
     bars.invert_yaxis()
     bars.set_xlabel(f"of {asked} labels asked for", fontsize=8)

@@ -327,36 +327,36 @@ def test_the_held_out_scenes_are_those_of_the_design():
     assert sorted(map(int, lab.held_out_scenes())) == list(range(5500, 6003))
 
 
-def test_the_unseen_sets_and_those_to_compare_with(real_files):
-    sets = {kind: [frozenset(names) for names in lab.unseen_sets(kind)] for kind in ("unseen", "seen")}
-    tested = {frozenset(names) for names in real_files.test + real_files.new_test}
-    for each in sets.values():
-        assert len(set(each)) == 200 and sorted(map(len, each)) == [2] * 20 + [3] * 180
-        assert not tested & set(each)
-        lab.encode_labels([sorted(names) for names in each])  # raises for an unknown label
-    assert not any(left <= stays for left in sets["unseen"] for stays in sets["seen"])
+def test_the_unseen_sets(real_files):
+    sets = {kind: [frozenset(names) for names in each] for kind, each in lab.unseen_sets().items()}
+    assert {kind: (len(set(each)), set(map(len, each))) for kind, each in sets.items()} == {
+        "pairs": (20, {2}), "triples of such a pair": (60, {3}), "triples": (120, {3})}  # fmt: skip
+    tested = [frozenset(names) for names in real_files.test + real_files.new_test]
+    bears_pair = lambda names: any(pair <= names for pair in sets["pairs"])
+    assert not any(map(bears_pair, tested + sets["triples"])) and all(map(bears_pair, sets["triples of such a pair"]))
+    assert not set(tested) & set(sets["triples"])
+    for each in lab.unseen_sets().values():
+        lab.encode_labels(each)  # raises for an unknown label
 
 
-def test_pictures_that_show_an_unseen_set_are_left_out(data):
-    """Also those that show more than the set; `limit` counts what is left."""
+def test_pictures_that_show_an_unseen_set_are_left_out(data, monkeypatch):
+    """Also those that show more than the set; as many at random otherwise; `max_images` counts what is left."""
     files = lab.find_data()
     every = lab.ICLEVRDataset(files)
     pair = next(files.train[name] for name in every.names if len(files.train[name]) == 2)
+    monkeypatch.setattr(lab, "unseen_sets", lambda: {"pairs": [pair]})
     bears = [set(pair) <= set(files.train[name]) for name in every.names]
-    rest = lab.ICLEVRDataset(files, without=[pair])
+    assert 0 < sum(bears) < len(bears) and any(
+        len(files.train[n]) == 3 for n, b in zip(every.names, bears, strict=True) if b
+    )
+    rest = lab.training_set(tiny(leave_out="unseen", max_images=0), files)
     assert rest.names == [name for name, out in zip(every.names, bears, strict=True) if not out]
-    assert 0 < len(rest) < len(every) and any(len(files.train[n]) == 3 for n in set(every.names) - set(rest.names))
     kept = [i for i, out in enumerate(bears) if not out]
     assert torch.equal(rest.pixels, every.pixels[kept]) and torch.equal(rest.labels, every.labels[kept])
-    assert len(lab.ICLEVRDataset(files, limit=len(rest), without=[pair])) == len(rest)
-
-
-def test_only_leave_out_unseen_leaves_them_out(data, monkeypatch):
-    files = lab.find_data()
-    shown = next(files.train[name] for name in lab.ICLEVRDataset(files).names if len(files.train[name]) == 2)
-    monkeypatch.setattr(lab, "unseen_sets", lambda: [shown])
-    sizes = [len(lab.training_set(tiny(leave_out_unseen=out), files)) for out in (False, True)]
-    assert sizes[1] < sizes[0] == len(lab.ICLEVRDataset(files))
+    other = lab.training_set(tiny(leave_out="random", max_images=0), files)
+    assert len(other) == len(rest) and set(other.names) < set(every.names)
+    assert lab.training_set(tiny(max_images=0), files).names == every.names
+    assert lab.training_set(tiny(leave_out="unseen", max_images=1), files).names == rest.names[:1]
 
 
 def test_a_split_without_scenes_is_empty(tmp_path, runs, monkeypatch):

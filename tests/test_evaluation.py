@@ -207,19 +207,26 @@ def test_the_judge_leaves_every_fifth_scene_out(coloured, tmp_path, monkeypatch)
 
 
 def test_evaluators_learn_from_crowded_scenes_too(coloured, tmp_path, monkeypatch):
-    """The last eight of 40 white pictures are not among those that are held out from the judge by their number."""
+    """40 white pictures of eight scenes beside 96 others, told apart by their labels: the judge leaves scenes 0 and 5
+    of both out."""
     crowded, seen = type(coloured)(), []
-    crowded.pixels, crowded.labels = torch.full((40, 3, 64, 64), 255, dtype=torch.uint8), coloured.labels[:40]
+    crowded.pixels, crowded.labels = torch.full((40, 3, 64, 64), 255, dtype=torch.uint8), torch.zeros(40, 24)
     crowded.names = [f"CLEVR_train_{i // 5:06d}_{i % 5}.png" for i in range(40)]
+    loss = torch.nn.functional.binary_cross_entropy_with_logits
+    white = lambda images: (images == 1).flatten(1).all(1)
     for name in ("_augment", "_augment_for_judge"):
-        count = lambda images, generator: (seen.append(int((images == 1).flatten(1).all(1).sum())), images)[1]
-        monkeypatch.setattr(lab, name, count)
-    for reader, whites in (("resnet18", 40), ("judge", 30)):  # two of eight scenes: 0 and 5
+        monkeypatch.setattr(lab, name, lambda images, generator: (seen.append(white(images)), images)[1])
+
+    def check(logits, labels):
+        assert torch.equal(seen[-1], labels.sum(1) == 0), "labels stay with their pictures"
+        return loss(logits, labels)
+
+    monkeypatch.setattr(lab.F, "binary_cross_entropy_with_logits", check)
+    for reader, whites, total in (("resnet18", 40, 136), ("judge", 30, 106)):
         seen.clear()
-        settings = tiny(evaluator_epochs=1)
-        (record,) = lab.train_evaluator(settings, coloured, tmp_path / reader, reader=reader, crowded=crowded)
-        share = record["images_seen"] / (136 if reader == "resnet18" else 106)
-        assert share * whites * 0.6 < sum(seen) <= whites
+        (record,) = lab.train_evaluator(tiny(evaluator_epochs=1), coloured, tmp_path / reader, None, reader, crowded)
+        assert record["images_seen"] == 64 * (total // 64) == sum(map(len, seen))
+        assert whites * record["images_seen"] / total / 2 < sum(int(w.sum()) for w in seen) <= whites
 
 
 @pytest.mark.parametrize("augment", [lab._augment, lab._augment_for_judge])
@@ -426,42 +433,37 @@ def test_errors_are_told_by_kind():
 
 
 def test_what_is_read_in_place_of_a_missed_label():
-    """Four pictures of red cube and blue sphere: one right, one mirrored, one with one object gone, one with both."""
+    """Pictures of red cube and blue sphere: right; both turned; one gone; both gone; one outranked by a third."""
     labels = lab.encode_labels([["red cube", "blue sphere"]])
     read = [outputs(red_cube=0.9, blue_sphere=0.8), outputs(gray_sphere=0.9, red_cylinder=0.8),
-            outputs(red_cube=0.9, cyan_cube=0.4), outputs()]  # fmt: skip
+            outputs(red_cube=0.9, cyan_cube=0.4), outputs(),
+            outputs(red_cube=0.9, purple_cube=0.95, blue_sphere=0.8)]  # fmt: skip
     counts = lab.Evaluation(torch.stack(read), labels, "none").confusions()
-    assert counts.shape == (24, 25)
-    named = {(lab.OBJECTS[a], (*lab.OBJECTS, "none")[b]): int(counts[a, b]) for a, b in counts.nonzero().tolist()}
-    assert named == {("red cube", "red cylinder"): 1, ("blue sphere", "gray sphere"): 1, ("blue sphere", "none"): 2,
-                     ("red cube", "none"): 1}  # fmt: skip
+    columns = (*lab.OBJECTS, "none", "outranked")
+    named = {(lab.OBJECTS[a], columns[b]): int(counts[a, b]) for a, b in counts.nonzero().tolist()}
+    assert counts.shape == (24, 26) and named == {
+        ("red cube", "red cylinder"): 1, ("blue sphere", "gray sphere"): 1, ("blue sphere", "none"): 2,
+        ("red cube", "none"): 1, ("blue sphere", "outranked"): 1}  # fmt: skip
 
 
 def test_a_paired_test_sees_what_intervals_do_not():
-    """Sets of three, from hard to easy; one system finds one label more than the other in every second set."""
-    labels = lab.encode_labels([["red cube", "blue sphere", "gray cylinder"]] * 32)
-    places, wrong = labels[0].nonzero().flatten(), [0, 3, 5]
-
-    def reading(hits):
-        probabilities = torch.zeros(1, 32, 24)
-        for row, count in enumerate(hits):
-            probabilities[0, row, [*places[:count], *wrong[count:]]] = 1
-        return lab.Evaluation(probabilities, labels, "none")
-
-    hard = [0, 1, 2, 1] * 8
-    low, high = reading(hard), reading([h + i % 2 for i, h in enumerate(hard)])
-    test = lab.paired_test(high, low)
+    """32 sets of three, from hard to easy; one system finds one label more than the other in every second set."""
+    totals = np.full(32, 3)
+    low = np.array([[0, 1, 2, 1] * 8])
+    high = low + [i % 2 for i in range(32)]
+    test = lab.paired_test(high, low, totals)
     assert test["difference"] == pytest.approx(1 / 6, abs=1e-4) and test["p"] < 0.001
     assert 0 < test["ci95_sets"][0] < 1 / 6 < test["ci95_sets"][1] < 1 / 3
-    apart = high.metrics()["ci95_sets"][0] - low.metrics()["ci95_sets"][1]
-    assert apart < 0, "the intervals of the two overlap all the same"
-    back = lab.paired_test(low, high)
+    (_, below), (_, above) = (lab.bootstrap_intervals(hits, totals) for hits in (low, high))
+    assert above[0] < below[1], "the intervals of the two overlap all the same"
+    back = lab.paired_test(low, high, totals)
     assert back["difference"] == -test["difference"] and back["p"] == pytest.approx(test["p"], abs=1e-3)
-    assert lab.paired_test(low, low)["p"] == 1
-    one_set = reading([h + (i == 0) for i, h in enumerate(hard)])
-    assert lab.paired_test(one_set, low)["p"] > 0.5, "one set proves nothing"
-    with pytest.raises(ValueError, match="same label sets"):
-        lab.paired_test(low, lab.Evaluation(high.probabilities, labels.roll(1, 1), "none"))
+    assert lab.paired_test(low, low, totals)["p"] == 1
+    assert lab.paired_test(low + (np.arange(32) == 0), low, totals)["p"] > 0.5, "one set proves nothing"
+    seeds = lab.paired_test(np.concatenate([high, low]), low, totals)
+    assert seeds["difference"] == pytest.approx(1 / 12, abs=1e-4), "the mean over seeds counts"
+    with pytest.raises(ValueError, match="31 results for 32 label sets: not in pairs"):
+        lab.paired_test(low, low[:, 1:], totals)
 
 
 def test_features_are_what_the_last_layer_is_given(network):
@@ -483,6 +485,60 @@ def test_the_frechet_distance_of_gaussians():
     x, y = draw[:, :2].T
     up, down = (torch.stack([x, sign * 0.8 * x + 0.6 * y], 1) for sign in (1, -1))  # variances 1, correlated by +-0.8
     assert lab.frechet_distance(up, down) == pytest.approx(2 * (1.8**0.5 - 0.2**0.5) ** 2, rel=0.03)
+
+
+def test_likeness_by_halves():
+    """What is drawn from the same distribution is as near as the floor; what is shifted by 1 is 4 further off."""
+    scenes, other_scenes = (np.repeat(np.arange(n).astype(str), 3) for n in (400, 300))
+    normal = lambda n, stream: torch.randn(n, 4, generator=lab.make_generator(0, stream))
+    drawn, real, other = normal(1200, 0), normal(1200, 1), normal(900, 2)
+    alike = lab.frechet_by_halves(drawn, real, scenes, other, other_scenes)
+    assert all(0 < low <= mean <= high < 0.1 for mean, low, high in alike.values())
+    shifted = lab.frechet_by_halves(drawn + 1, real, scenes, other, other_scenes)
+    assert shifted["floor"] == alike["floor"] and shifted["drawn"][0] == pytest.approx(4, rel=0.1)
+    with pytest.raises(ValueError, match="too few to halve"):
+        lab.frechet_by_halves(drawn, real, scenes, other[:300], other_scenes[:300])
+
+
+def test_a_mean_with_its_interval_over_scenes():
+    """Pictures of a scene are alike: thrice the pictures, the same interval."""
+    values, scenes = np.random.default_rng(0).normal(5, 1, 60), np.arange(60)
+    mean, low, high = lab.mean_by_group(values, scenes)
+    assert mean == pytest.approx(values.mean(), abs=1e-4)
+    assert (high - low) == pytest.approx(2 * 1.96 / 60**0.5, rel=0.25) and low < mean < high
+    assert lab.mean_by_group(np.repeat(values, 3), np.repeat(scenes, 3)) == [mean, low, high]
+
+
+@pytest.mark.parametrize("colour", lab.HUES)
+def test_places_of_a_colour(colour):
+    """A square of each colour, a gray one and a brown one, on gray ground; then without the one that is looked for."""
+    pixels = torch.full((2, 3, 64, 64), 120, dtype=torch.uint8)
+    corners = {name: (4 + 10 * i, 40 - 5 * i) for i, name in enumerate(lab.HUES)}
+    for name, (x, y) in corners.items():
+        pixels[: 1 if name == colour else 2, :, y : y + 7, x : x + 5] = torch.tensor(lab.HUES[name])[:, None, None]
+    pixels[:, :, 2:8, 2:8] = 60
+    if colour != "yellow":
+        pixels[:, :, 50:58, 50:58] = torch.tensor([129, 74, 25])[:, None, None]  # brown
+    found, missing = lab.object_places(lab.to_float(pixels), colour)
+    assert found.tolist() == pytest.approx([corners[colour][0] + 2, corners[colour][1] + 3])
+    assert missing.isnan().all()
+
+
+def test_places_in_real_pictures(real_files):
+    """Every object with such a hue is found in pictures of two, and nothing where no object has it."""
+    dataset = lab.ICLEVRDataset(real_files, "all")
+    for colour in set(lab.HUES) - {"yellow"}:
+        shows = dataset.labels.view(-1, 3, 8)[..., lab.COLOURS.index(colour)].sum(1)
+        places = lab.object_places(lab.to_float(dataset.pixels), colour)
+        two = dataset.labels.sum(1) == 2
+        assert not places[two & (shows > 0)].isnan().any() and places[shows == 0].isnan().all()
+
+
+def test_the_spread_of_places():
+    places = torch.tensor([[10.0, 20], [14, 20], [12, 17], [12, 23]])
+    assert lab.spread_of_places(places) == pytest.approx(((4 + 4 + 9 + 9) / 3) ** 0.5)
+    gone = torch.cat([places, torch.full((2, 2), float("nan"))])
+    assert lab.spread_of_places(gone) == lab.spread_of_places(places)
 
 
 def test_the_nearest_picture():

@@ -157,6 +157,17 @@ def test_a_run_of_other_settings_is_not_resumed(small, straight, other):
     assert str(straight[0] / "checkpoint.pt") in str(error.value)
 
 
+def test_a_checkpoint_older_than_a_setting_resumes(small, tmp_path):
+    """It was trained as the setting's default says, and with no other value it goes on."""
+    run(tiny(epochs=1), small, tmp_path)
+    state = checkpoint(tmp_path)
+    del state["settings"]["leave_out"], state["settings"]["evaluator_scenes"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=re.escape("leave_out ('none' there, 'unseen' now)")):
+        run(tiny(leave_out="unseen"), small, tmp_path)
+    assert [r.epoch for r in run(tiny(), small, tmp_path)] == [2]
+
+
 def test_starting_afresh(small, straight, tmp_path):
     run(tiny(**VARIED | dict(epochs=1, seed=7)), small, tmp_path)
     assert [r.epoch for r in run(tiny(**VARIED), small, tmp_path, resume=False)] == [1, 2]
