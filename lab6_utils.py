@@ -2179,7 +2179,8 @@ def prepare_judge(settings: Settings, files: DataFiles) -> Evaluator:
 def _load_or_train(settings, files, folder, reader):
     if settings.profile not in ("full", "tiny"):
         return Evaluator.load(WEIGHTS / folder, settings.device)
-    folder = settings.runs / settings.profile / folder
+    made_of = ("seed", "evaluator_epochs", "evaluator_scenes", "max_images")
+    folder = settings.runs / settings.profile / name_of(folder, {name: getattr(settings, name) for name in made_of})
     if not (folder / "model.safetensors").is_file():
         dataset, held_out = ICLEVRDataset(files, "train", settings.max_images), ICLEVRDataset(files, "held-out")
         crowded = crowded_scenes(settings.evaluator_scenes, seed=1) if settings.evaluator_scenes else None

@@ -229,6 +229,15 @@ def test_evaluators_learn_from_crowded_scenes_too(coloured, tmp_path, monkeypatc
         assert whites * record["images_seen"] / total / 2 < sum(int(w.sum()) for w in seen) <= whites
 
 
+def test_evaluators_are_trained_once_for_each_choice(data, runs, coloured, monkeypatch):
+    """And the scenes that train them are not those that test them in notebook 06 (seed 2)."""
+    asked = []
+    monkeypatch.setattr(lab, "crowded_scenes", lambda scenes, seed: (asked.append((scenes, seed)), coloured)[1])
+    files = lab.find_data()
+    plain, crowded, again = (lab.prepare_judge(tiny(evaluator_scenes=n), files) for n in (0, 7, 7))
+    assert asked == [(7, 1)] and plain.sha256 != crowded.sha256 == again.sha256
+
+
 @pytest.mark.parametrize("augment", [lab._augment, lab._augment_for_judge])
 def test_augmented_pictures_are_pictures_of_the_same(coloured, augment):
     images = lab.to_float(coloured.pixels[::8])
