@@ -180,7 +180,7 @@ class Settings:
     sampler: str = "ddpm"  # its fresh noise lets later steps mend what earlier ones got wrong
     steps: int = 20  # make_settings takes 0 for all T
     guidance: str = "classifier-free"  # none, classifier-free, composition, classifier-1 or classifier-2
-    guidance_scale: float = 3.0
+    guidance_scale: float = 4.0
     classifier_input: str = "x_0"  # what the classifier is shown: the x_0 that the network predicts, or x_t
     ddpm_images: int = 4  # how many images notebook 04 draws with all T ancestral steps
     seeds: int = 16
