@@ -402,7 +402,7 @@ def test_the_explorer_draws_anew(pipe):
     assert bytes(picture.value).startswith(b"\x89PNG") and [p.value for p in pickers] == list(lab.MANUAL_SET)
     seen = [picture.value]
     for change in (
-        lambda: setattr(sliders["guidance s"], "value", 4.0),
+        lambda: setattr(sliders["guidance s"], "value", 6.0),
         lambda: setattr(pickers[0], "value", "gray cube"),
         lambda: setattr(sliders["seed"], "value", 3),
         lambda: setattr(sliders["steps"], "value", 5),
