@@ -2586,8 +2586,9 @@ def systems_table(settings: Settings) -> str:
         cells = []
         for split in ("test", "new_test"):
             rows = [r for r in scored if (r["system"], r["split"]) == (name, split) and r["evaluator"] != "judge"]
-            best = max(rows, key=lambda r: r["images_seen"], default=None)
+            best = max(rows, key=lambda r: (r["data"] == "course files", r["images_seen"]), default=None)
             said = best and f"{with_interval(best['accuracy'], best['ci95_sets'])}, {best['evaluator']}"
+            said = said and said + (f", {best['data']}" if best["data"] != "course files" else "")
             cells.append(said or "not trained")
         seen = max((r["images_seen"] for r in trained if r["system"] == name), default=0)
         own = make_settings("full", preset=name, device="cpu")
