@@ -633,8 +633,9 @@ class ICLEVRDataset(torch.utils.data.Dataset):
 
 def training_set(settings: Settings, files: DataFiles) -> ICLEVRDataset:
     """The images that a denoiser is trained on: the first `max_images` of those that `leave_out` leaves."""
-    whole, out = ICLEVRDataset(files, "train"), ()
-    if settings.leave_out != "none" and len(whole):
+    out = ()
+    if settings.leave_out != "none":
+        whole = ICLEVRDataset(files, "train")
         sets = encode_labels([names for kind in unseen_sets().values() for names in kind])
         shows = (whole.labels @ sets.T == sets.sum(1)).any(1)
         if settings.leave_out == "random":
@@ -1978,7 +1979,9 @@ class Evaluation:
         none, outranked = len(OBJECTS), len(OBJECTS) + 1
         counts = torch.zeros(len(OBJECTS), len(OBJECTS) + 2, dtype=torch.long)
         read, asked = _read(self.probabilities, self.labels), self.labels.bool().expand_as(self.probabilities)
-        shared = lambda a, b: b < none and (a % len(COLOURS) == b % len(COLOURS)) + (a // 8 == b // 8)
+        shared = lambda a, b: (
+            b < none and (a % len(COLOURS) == b % len(COLOURS)) + (a // len(COLOURS) == b // len(COLOURS))
+        )
         for image in (read & ~asked).any(-1).nonzero().tolist():
             sure = self.probabilities[*image] > 0.5
             missed = asked[*image] & ~read[*image]
@@ -2117,14 +2120,15 @@ def frechet_by_halves(drawn: torch.Tensor, real: torch.Tensor, scenes, other: to
         {"drawn": with one half's labels, against the real pictures of the other half; "floor": `other`, of as many
         scenes, against these}, each [mean, lowest, highest] of five.
     """
-    half = len(np.unique(scenes)) // 2
-    if not 1 < half <= len(np.unique(other_scenes)):
-        raise ValueError(f"{len(np.unique(scenes))} scenes and {len(np.unique(other_scenes))} others: too few to halve")
+    each, every_other = np.unique(scenes), np.unique(other_scenes)
+    half = len(each) // 2
+    if not 1 < half <= len(every_other):
+        raise ValueError(f"{len(each)} scenes and {len(every_other)} others: too few to halve")
     found = {"drawn": [], "floor": []}
     for i in range(5):
         rng = np.random.default_rng(i)
-        first = torch.from_numpy(np.isin(scenes, rng.permutation(np.unique(scenes))[:half]))
-        extra = torch.from_numpy(np.isin(other_scenes, rng.permutation(np.unique(other_scenes))[:half]))
+        first = torch.from_numpy(np.isin(scenes, rng.permutation(each)[:half]))
+        extra = torch.from_numpy(np.isin(other_scenes, rng.permutation(every_other)[:half]))
         found["drawn"].append(frechet_distance(drawn[first], real[~first]))
         found["floor"].append(frechet_distance(other[extra], real[~first]))
     return {who: [round(float(v), 4) for v in (np.mean(f), min(f), max(f))] for who, f in found.items()}
@@ -2137,16 +2141,15 @@ def mean_by_group(values, groups) -> list[float]:
     return [round(float(sums.sum() / counts.sum()), 4), *bootstrap_intervals(sums[None], counts)[1]]
 
 
-#: Colours that can be told from all others and from the ground by their hue, as CLEVR's RGB; yellow only without brown.
-HUES = {"red": (173, 35, 35), "blue": (42, 75, 215), "green": (29, 105, 20), "purple": (129, 38, 192),
-        "cyan": (41, 208, 208), "yellow": (255, 238, 51)}  # fmt: skip
+#: Colours that can be told from all others and from the ground by their hue; yellow only without brown.
+HUES = ("red", "blue", "green", "purple", "cyan", "yellow")
 
 
 def object_places(images: torch.Tensor, colour: str) -> torch.Tensor:
     """(N, 2) x and y, in pixels, of the centre of what has this colour's hue (see HUES) in (N, 3, 64, 64); nan where
     fewer than 5 pixels have."""
     grayless = lambda rgb, dim: rgb - rgb.mean(dim, keepdim=True)
-    wanted = F.normalize(grayless(torch.tensor(HUES[colour]) / 255, 0), dim=0)
+    wanted = F.normalize(grayless(torch.tensor(load_renderer().COLOURS[colour]) / 255, 0), dim=0)
     found = grayless((images + 1) / 2, 1)
     alike = torch.einsum("nchw,c->nhw", F.normalize(found, dim=1), wanted)
     has = ((alike > 0.9) & (found.norm(dim=1) > 0.12)).float()
@@ -2587,9 +2590,11 @@ def systems_table(settings: Settings) -> str:
         for split in ("test", "new_test"):
             rows = [r for r in scored if (r["system"], r["split"]) == (name, split) and r["evaluator"] != "judge"]
             best = max(rows, key=lambda r: (r["data"] == "course files", r["images_seen"]), default=None)
-            said = best and f"{with_interval(best['accuracy'], best['ci95_sets'])}, {best['evaluator']}"
-            said = said and said + (f", {best['data']}" if best["data"] != "course files" else "")
-            cells.append(said or "not trained")
+            if best is None:
+                cells.append("not trained")
+                continue
+            data = "" if best["data"] == "course files" else f", {best['data']}"
+            cells.append(f"{with_interval(best['accuracy'], best['ci95_sets'])}, {best['evaluator']}{data}")
         seen = max((r["images_seen"] for r in trained if r["system"] == name), default=0)
         own = make_settings("full", preset=name, device="cpu")
         size = count_parameters(make_denoiser(own, "meta"))
@@ -2644,6 +2649,13 @@ def comparison_table(group: dict[tuple, list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def draw_accuracy(ax, row: dict, y: float, lower: bool):
+    """A dot and the bar of its 95% interval in the line y of a plot: the upper one red, the lower one blue."""
+    place, colour = (y + 0.13, "tab:blue") if lower else (y - 0.13, "tab:red")
+    ax.plot(row["ci95_sets"] or [row["accuracy"]] * 2, [place] * 2, color=colour, alpha=0.3, linewidth=2)
+    ax.plot(row["accuracy"], place, "o", color=colour, markersize=4)
+
+
 def plot_comparisons(found: dict[tuple, dict]) -> Figure:
     """Dots for trainings, bars for their 95% intervals; {choice: what `compare_experiments` found for it}."""
     sizes = [len(group) + 0.6 for group in found.values()]
@@ -2651,10 +2663,7 @@ def plot_comparisons(found: dict[tuple, dict]) -> Figure:
     for ax, (choice, group) in zip(axes[:, 0], found.items(), strict=True):
         for y, rows in enumerate(group.values()):
             for r in rows:
-                new = r["split"] == "new_test"
-                place, ends = y + (0.13 if new else -0.13), r["ci95_sets"] or [r["accuracy"]] * 2
-                ax.plot(ends, [place] * 2, color="tab:blue" if new else "tab:red", alpha=0.3, linewidth=2)
-                ax.plot(r["accuracy"], place, "o", color="tab:blue" if new else "tab:red", markersize=4)
+                draw_accuracy(ax, r, y, lower=r["split"] == "new_test")
         ax.set_yticks(range(len(group)), map(_say, group), fontsize=7)
         ax.set_title(", ".join(choice).replace("_", " "), fontsize=8)
         ax.set_ylim(len(group) - 0.5, -0.5)

@@ -522,9 +522,10 @@ def test_a_mean_with_its_interval_over_scenes():
 def test_places_of_a_colour(colour):
     """A square of each colour, a gray one and a brown one, on gray ground; then without the one that is looked for."""
     pixels = torch.full((2, 3, 64, 64), 120, dtype=torch.uint8)
+    rgb = lab.load_renderer().COLOURS
     corners = {name: (4 + 10 * i, 40 - 5 * i) for i, name in enumerate(lab.HUES)}
     for name, (x, y) in corners.items():
-        pixels[: 1 if name == colour else 2, :, y : y + 7, x : x + 5] = torch.tensor(lab.HUES[name])[:, None, None]
+        pixels[: 1 if name == colour else 2, :, y : y + 7, x : x + 5] = torch.tensor(rgb[name])[:, None, None]
     pixels[:, :, 2:8, 2:8] = 60
     if colour != "yellow":
         pixels[:, :, 50:58, 50:58] = torch.tensor([129, 74, 25])[:, None, None]  # brown
