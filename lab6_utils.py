@@ -474,6 +474,14 @@ class DataFiles:
         return frozenset(scenes[len(scenes) * 5500 // 6003 :])
 
 
+def choose_splits(split: str) -> list[str]:
+    """The course's lists of label sets that `split` names: "test", "new_test" or "both"."""
+    splits = {"test": ["test"], "new_test": ["new_test"], "both": ["test", "new_test"]}
+    if split not in splits:
+        raise ValueError(f"split={split!r}: choose from {', '.join(splits)}")
+    return splits[split]
+
+
 def find_data(rendered_scenes: int = 300) -> DataFiles:
     """The data, from the first of: the folder that LAB6_DATA names, data/, scenes rendered here.
 
@@ -1215,6 +1223,21 @@ class Epoch:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class AutoencoderEpoch:
+    """What `train_autoencoder` yields after each epoch; printed, it is one line."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    error: float  # mean absolute, of pictures in [-1, 1]
+    seconds_left: float
+
+    def __str__(self):
+        left = format_seconds(self.seconds_left)
+        return f"epoch {self.epoch}/{self.epochs}  autoencoder, error {self.error:.4f}  {left} left"
+
+
 def format_seconds(seconds: float) -> str:
     """75 -> "1 min 15 s"."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -1279,14 +1302,11 @@ def training_batch(settings: Settings, dataset: ICLEVRDataset, scheduler, step: 
 
 
 def train_autoencoder(settings: Settings, dataset: ICLEVRDataset, folder: Path):
-    """Train the autoencoder of latent diffusion in `folder`/autoencoder; a generator of one record an epoch.
+    """Train the autoencoder of latent diffusion in `folder`/autoencoder; yields an `AutoencoderEpoch` after each.
 
     Its loss is the mean absolute error of the pictures, and 1e-6 times the KL divergence of their latents from N(0, I),
     which keeps them near each other (the idea of Rombach et al. 2022). A finished one is left alone, a stopped one
     goes on; for diffusion of pixels there is nothing to do.
-
-    Yields:
-        dict: epoch, epochs, loss, error (mean absolute, of pictures in [-1, 1]), seconds_left.
     """
     folder, device = Path(folder) / "autoencoder", settings.device
     if settings.space == "pixels" or (folder / "config.json").is_file():
@@ -1322,9 +1342,9 @@ def train_autoencoder(settings: Settings, dataset: ICLEVRDataset, folder: Path):
             totals += torch.stack([loss.detach(), error.detach()])
         loss, error = (totals / steps).tolist()
         spent = (time.perf_counter() - start) / (epoch + 1 - len(state["history"]))
-        record = dict(epoch=epoch + 1, epochs=settings.autoencoder_epochs, loss=loss, error=error,
-                      seconds_left=spent * (settings.autoencoder_epochs - epoch - 1))  # fmt: skip
-        history = [*history, record]
+        left = settings.autoencoder_epochs - epoch - 1
+        record = AutoencoderEpoch(epoch + 1, settings.autoencoder_epochs, loss, error, seconds_left=spent * left)
+        history = [*history, dataclasses.asdict(record)]
         saved = {name: part.state_dict() for name, part in parts.items()} | {"history": history}
         _write_atomically(resumed, lambda temporary, saved=saved: torch.save(saved, temporary))
         yield record
@@ -1363,14 +1383,14 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
         ValueError: `folder` holds a run of other settings, or the dataset is empty.
         FileNotFoundError: space="latents" and no autoencoder in `folder`.
     """
-    from accelerate import Accelerator
+    import accelerate
     from diffusers.training_utils import EMAModel
     from torch.utils.tensorboard import SummaryWriter
 
     if len(dataset) == 0:
         raise ValueError(f"no images to train on: the split {dataset.split!r} of this data is empty")
     folder = Path(folder)
-    accelerator = Accelerator(cpu=settings.device == "cpu")
+    accelerator = accelerate.Accelerator(cpu=settings.device == "cpu")
     part = (accelerator.process_index, accelerator.num_processes)
     autoencoder = load_autoencoder(settings, folder)
     if autoencoder is not None:
@@ -1396,6 +1416,8 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
     done, total = len(history), steps * settings.epochs
     if size % part[1]:
         raise ValueError(f"batch_size={size} cannot be split evenly over {part[1]} processes")
+    if len(set(accelerate.utils.gather_object([done]))) > 1:
+        raise ValueError(f"the processes find different checkpoints in {folder}: it must be a folder that they share")
     if history and history[-1]["step"] != done * steps:
         raise ValueError(f"{folder} was trained on another number of images; use the same data, or name another run")
     writer = SummaryWriter(folder / "tensorboard", purge_step=done * steps + 1) if accelerator.is_main_process else None
@@ -1447,6 +1469,28 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
             _write_atomically(folder / "checkpoint.pt", lambda p, s=state: torch.save(s, p))
             write_json(folder / "history.json", history)
         yield Epoch(**record, pipeline=pipeline)
+
+
+def train_in_processes(settings: Settings, processes: int, resume: bool = False):
+    """`train` in so many processes, one a GPU where there are some: run_notebooks.py --train, started by torchrun.
+
+    Prints their lines, and returns when all is trained: `train` with resume=True then finds a whole run.
+
+    Raises:
+        RuntimeError: they failed; the reason is in what they printed.
+    """
+    whole = dataclasses.asdict(make_settings(settings.profile, preset=settings.preset))
+    chosen = {name: value for name, value in dataclasses.asdict(settings).items() if value != whole[name]}
+    chosen |= dict(preset=settings.preset, resume="yes" if resume else "no")
+    values = [f"{name}={list(value) if isinstance(value, tuple) else value}" for name, value in chosen.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [ROOT / "run_notebooks.py", "--train", "--profile", settings.profile]
+    command += [part for value in values for part in ("-p", value)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+    if process.returncode:
+        raise RuntimeError(f"training in {processes} processes failed (exit status {process.returncode}): see above")
 
 
 def _save_pretrained(model, folder, history):
@@ -1733,16 +1777,50 @@ def sample(pipe: ICLEVRPipeline, label_sets, settings: Settings, seed: int = 0, 
     return torch.cat(images)
 
 
-def sample_seeds(pipe: ICLEVRPipeline, label_sets, settings: Settings, **overrides) -> torch.Tensor:
-    """`sample` for the seeds settings.seed, + 1, ...: (S, N, 3, 64, 64) with S = settings.seeds."""
+def sample_seeds(pipe: ICLEVRPipeline, label_sets, settings: Settings, processes: int = 0, **overrides) -> torch.Tensor:
+    """`sample` for the seeds settings.seed, + 1, ...: (S, N, 3, 64, 64) with S = settings.seeds.
+
+    processes: share the seeds among so many; 0: one for each GPU.
+    """
+    count = min(settings.seeds, processes or (torch.cuda.device_count() if settings.device == "cuda" else 1))
+    if count == 1:
+        return _sample_each(pipe, label_sets, settings, range(settings.seeds), overrides)
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=count, max_restarts=0, rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0")  # fmt: skip
+    device = pipe.device
+    try:
+        parts = elastic_launch(config, _sample_part)(_move(pipe, "cpu"), label_sets, settings, overrides)
+    finally:
+        _move(pipe, device)
+    return torch.cat([torch.from_numpy(parts[rank]) for rank in sorted(parts)])
+
+
+def _sample_part(pipe, label_sets, settings, overrides):
+    """This process's share of the seeds, as an array, which outlives the process."""
+    from accelerate import PartialState
+
+    state = PartialState(cpu=settings.device == "cpu")
+    with state.split_between_processes(list(range(settings.seeds))) as mine:
+        return _sample_each(_move(pipe, state.device), label_sets, settings, mine, overrides).numpy()
+
+
+def _move(pipe, device):
+    """The pipeline and its classifier, which diffusers does not know of, on `device`."""
+    if pipe.classifier is not None:
+        pipe.classifier.network.to(device)
+        pipe.classifier.device = str(device)
+    return pipe.to(device)
+
+
+def _sample_each(pipe, label_sets, settings, seeds, overrides):
     images, start = [], time.perf_counter()
-    for i in progress(range(settings.seeds), "seeds"):
-        images.append(sample(pipe, label_sets, settings, settings.seed + i, **overrides))
+    for i, seed in enumerate(progress(seeds, "seeds"), 1):
+        images.append(sample(pipe, label_sets, settings, settings.seed + seed, **overrides))
         if headless() and time.perf_counter() - start > 10:
-            left = (time.perf_counter() - start) / (i + 1) * (settings.seeds - i - 1)
-            print(
-                f"progress: seed {i + 1} of {settings.seeds}, {len(label_sets)} pictures, {format_seconds(left)} left"
-            )
+            left = format_seconds((time.perf_counter() - start) / i * (len(seeds) - i))
+            print(f"progress: seed {i} of {len(seeds)}, {len(label_sets)} pictures, {left} left", flush=True)
     return torch.stack(images)
 
 
@@ -2631,7 +2709,8 @@ def compare_experiments(rows: list[dict], *choice: str) -> dict[tuple, list[dict
 
 
 def _say(values):
-    return ", ".join(map(str, values)).replace("'", "")
+    words = (("no", "yes")[v] if isinstance(v, bool) else str(v) for v in values)
+    return ", ".join(words).replace("'", "")
 
 
 def with_interval(share: float, interval) -> str:

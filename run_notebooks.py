@@ -6,6 +6,7 @@
     python run_notebooks.py --only 04 -p split=test -p guidance_scale=3
     python run_notebooks.py --report                     only the report, from notebooks that ran before
     python run_notebooks.py --only 03 --sweep preset=tokens,linear-attn seed=0,1,2        every combination
+    torchrun --nproc-per-node 8 run_notebooks.py --train -p epochs=50      notebook 03's training, in 8 processes
     LAB6_STUDENT_ID=... LAB6_STUDENT_NAME=... python run_notebooks.py --submission         what the course wants
 
 `-p name=value` sets a variable of the cell tagged `parameters` in every chosen notebook that has it; unknown
@@ -15,6 +16,8 @@ the report goes to the profile's figures folder. The run stops at the first fail
 
 A sweep runs the chosen notebooks once for each combination, into sweep/ in that folder, makes no report, and goes on
 past a failing one. Said again, it does what is not done yet; delete a combination's notebook to have it done again.
+It runs on dask: on this machine as many at a time as there are GPUs, or as cores and memory allow (--workers), or on
+the workers of a scheduler (--scheduler), which see the same folders. What a worker did when it died is done again.
 
 Exit status: 0 all ran, 1 a notebook failed, 2 a request that cannot be carried out, 130 interrupted.
 """
@@ -140,11 +143,14 @@ class ProgressLines(io.TextIOBase):
 
     rest = ""
 
+    def __init__(self, prefix="  "):
+        self.prefix = prefix
+
     def write(self, text):
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
             if line.lower().startswith(("epoch", "progress")):
-                print(f"  {line}", flush=True)
+                print(f"{self.prefix}{line}", flush=True)
 
 
 def write_text(path, text):
@@ -192,13 +198,16 @@ def explain(error):
     return "\n    ".join([*[line for line in lines if line.strip()][-8:-1], f"{error.ename}: {error.evalue}"])
 
 
-def execute(path, final, parameters, timeout=None):
-    """Run one notebook; `final` is replaced only when all of it ran. Raises Failed."""
+def execute(path, final, parameters, timeout=None, prefix="  "):
+    """Run one notebook; `final` is replaced only when all of it ran. Raises Failed.
+
+    prefix: of the lines on its progress.
+    """
     partial = final.with_suffix(".partial.ipynb")
     try:
         executed = papermill.execute_notebook(
             path, partial, parameters, kernel_name="python3", cwd=path.parent, progress_bar=False,
-            stdout_file=ProgressLines(), execution_timeout=timeout, start_timeout=600, iopub_timeout=60,
+            stdout_file=ProgressLines(prefix), execution_timeout=timeout, start_timeout=600, iopub_timeout=60,
             extra_arguments=["--log-level=40"],  # no advice on transports from every kernel
         )  # fmt: skip
     except Exception as error:
@@ -210,48 +219,144 @@ def execute(path, final, parameters, timeout=None):
     os.replace(partial, final)
 
 
-def run_all(jobs, folder, facts, timeout=None, sweep=False):
-    """Run notebooks in order into `folder`, status.json beside them.
+def record(folder, name, state, seconds, parameters, **facts):
+    """Enter how a notebook stands in status.json of its folder, and print it."""
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    entry = {"state": state, "seconds": round(seconds, 1), "date": date, **facts, "parameters": parameters}
+    status = read_json(folder / "status.json") | {name: entry}  # another run may have written too
+    write_text(folder / "status.json", json.dumps(status, indent=1))
+    print(f"{name:28}{state}" + ("" if state == "running" else f"  {seconds:.1f} s"), flush=True)
+
+
+def run_all(jobs, folder, facts, timeout=None):
+    """Run notebooks in order into `folder`, status.json beside them. Raises Failed at the first failure.
 
     jobs: {name of the executed notebook: (path, parameters)}.
-    sweep: skip what was done with the same parameters, and go on past failures, with which it ends.
-
-    Raises Failed: in a sweep at the end, else at the first failure.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    status = read_json(folder / "status.json")
-    failed = []
-    for number, (name, (path, parameters)) in enumerate(jobs.items(), 1):
+    for name, (path, parameters) in jobs.items():
         start = time.monotonic()
-        before = status.get(name, {})
-        same = before.get("state") == "ok" and before.get("parameters") == parameters
-        if sweep and same and (folder / f"{name}.ipynb").is_file():
-            print(f"{name}  done before, at commit {before['commit']}", flush=True)
-            continue
-
-        def record(state, name=name, parameters=parameters, start=start, **more):
-            seconds = round(time.monotonic() - start, 1)
-            date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            entry = {"state": state, "seconds": seconds, "date": date, **facts, **more, "parameters": parameters}
-            status = read_json(folder / "status.json") | {name: entry}  # another sweep may have written too
-            write_text(folder / "status.json", json.dumps(status, indent=1))
-            print(f"{name:28}{state}" + ("" if state == "running" else f"  {seconds} s"), flush=True)
-
-        if sweep:
-            print(f"{number} of {len(jobs)}:", end=" ")
-        record("running")
+        record(folder, name, "running", 0, parameters, **facts)
         try:
             execute(path, folder / f"{name}.ipynb", parameters, timeout)
         except (Failed, KeyboardInterrupt) as error:
-            record("failed", error=str(error) or "interrupted")
-            if not sweep or isinstance(error, KeyboardInterrupt):
-                raise
-            failed.append(name)
-            print(f"  {error}", file=sys.stderr)
-            continue
-        record("ok")
+            reason = str(error) or "interrupted"
+            record(folder, name, "failed", time.monotonic() - start, parameters, **facts, error=reason)
+            raise
+        record(folder, name, "ok", time.monotonic() - start, parameters, **facts)
+
+
+def run_job(path, final, parameters, timeout, gpus):
+    """What a worker of a sweep does: one notebook. Returns the seconds it took and why it failed, or None."""
+    from distributed import get_worker
+
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(get_worker().name % gpus)
+    start, failure = time.monotonic(), None
+    print(f"{final.stem:28}running", flush=True)
+    try:
+        execute(path, final, parameters, timeout, f"  {final.stem}: ")
+    except Failed as error:
+        failure = str(error)
+    return time.monotonic() - start, failure
+
+
+@contextlib.contextmanager
+def open_cluster(scheduler, workers):
+    """A dask client of the scheduler at an address, or, where that is None, of so many workers on this machine."""
+    from distributed import Client, LocalCluster
+
+    if scheduler:
+        try:
+            client = Client(scheduler, timeout=10)
+        except (OSError, ValueError) as error:
+            raise Refused(f"--scheduler {scheduler}: no dask scheduler answers there ({error})") from None
+        with client:
+            yield client
+        return
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))  # of each, or they would fight
+    try:
+        # The notebooks' memory is that of their kernels, which dask does not see.
+        options = dict(threads_per_worker=1, memory_limit=0, dashboard_address=":0")
+        with LocalCluster(n_workers=workers, **options) as cluster, Client(cluster) as client:
+            yield client
+    finally:
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+
+
+def how_many(gpus):
+    """How many notebooks to run at a time: one a GPU; without, one a core as far as memory allows 4 GB to each."""
+    import psutil
+
+    return gpus or max(1, min(os.cpu_count(), psutil.virtual_memory().available // 4_000_000_000))
+
+
+def run_sweep(jobs, folder, facts, timeout=None, scheduler=None, workers=None):
+    """Run notebooks into `folder` on dask's workers, leaving out what was done before with the same parameters.
+
+    Whatever runs on a worker that dies is given to another, and each is entered in status.json once, when it is done.
+
+    Raises Failed at the end, when some did.
+    """
+    import torch
+    from distributed import as_completed
+
+    folder.mkdir(parents=True, exist_ok=True)
+    status, left = read_json(folder / "status.json"), dict(jobs)
+    for name, (_, parameters) in jobs.items():
+        before = status.get(name, {})
+        same = before.get("state") == "ok" and before.get("parameters") == parameters
+        if same and (folder / f"{name}.ipynb").is_file():
+            print(f"{name}  done before, at commit {before['commit']}", flush=True)
+            del left[name]
+    if not left:
+        return
+    gpus = 0 if scheduler else torch.cuda.device_count()
+    failed = []
+    with open_cluster(scheduler, min(len(left), workers or how_many(gpus))) as client:
+        doing = {}
+        for name, (path, parameters) in left.items():
+            target = folder / f"{name}.ipynb"
+            doing[client.submit(run_job, path, target, parameters, timeout, gpus, pure=False)] = name
+        for number, future in enumerate(as_completed(doing), 1):
+            name = doing[future]
+            try:
+                seconds, failure = future.result()
+            except Exception as error:  # such as a worker that dies again and again
+                seconds, failure = 0, f"{type(error).__name__}: {error}"
+            print(f"{number} of {len(left)}:", end=" ")
+            more = {"error": failure} if failure else {}
+            record(folder, name, "failed" if failure else "ok", seconds, left[name][1], **facts, **more)
+            if failure:
+                failed.append(name)
+                print(f"  {failure}", file=sys.stderr)
     if failed:
-        raise Failed(f"{len(failed)} of {len(jobs)} failed: {'; '.join(failed)}")
+        raise Failed(f"{len(failed)} of {len(left)} failed: {'; '.join(failed)}")
+
+
+def train(settings, resume):
+    """Train as notebook 03 does, in as many processes as torchrun or accelerate started; prints a line an epoch."""
+    from accelerate import PartialState
+
+    import lab6_utils
+
+    state = PartialState(cpu=settings.device == "cpu")
+    folder = lab6_utils.run_folder(settings)
+    with state.main_process_first():  # the others find the cache
+        dataset = lab6_utils.training_set(settings, lab6_utils.find_data(settings.rendered_scenes))
+    if state.is_main_process:
+        print(f"progress: {len(dataset)} images, {state.num_processes} processes, {folder}", flush=True)
+        for epoch in lab6_utils.train_autoencoder(settings, dataset, folder):
+            print(epoch, flush=True)
+    state.wait_for_everyone()
+    try:
+        for epoch in lab6_utils.train(settings, dataset, folder, resume):
+            if state.is_main_process:
+                print(epoch, flush=True)
+    except ValueError as error:  # such as a checkpoint of other settings
+        raise Refused(error) from None
 
 
 def combine(assignments):
@@ -480,16 +585,25 @@ def main(argv=None, notebooks=NOTEBOOKS):
     parser.add_argument("--only", metavar="NN[,NN]", help="run these notebooks only, by number")
     parser.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[])
     parser.add_argument("--sweep", metavar="name=value,value", nargs="+", help="run once for each combination")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="sweep on the workers of this dask scheduler")
+    parser.add_argument("--workers", type=int, metavar="N", help="sweep so many notebooks at a time on this machine")
+    parser.add_argument("--train", action="store_true", help="run no notebook, train what notebook 03 would")
     parser.add_argument("--timeout", type=int, metavar="SECONDS", help="fail when one cell takes longer")
     parser.add_argument("--report", action="store_true", help="run nothing, only make the report again")
     parser.add_argument("--submission", action="store_true", help="run nothing, make the course's zip and pth")
     parser.add_argument("--no-report", action="store_true", help="run notebooks, make no report")
     args = parser.parse_args(argv)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     for number in (signal.SIGINT, signal.SIGTERM):  # both shut the kernels down; a shell may have had SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     set_environment()
     try:
-        chosen = choose_notebooks(notebooks, args.only)
+        if args.train and (args.only or args.sweep):
+            raise Refused("--train trains what notebook 03 would: it goes without --only and --sweep")
+        fits = args.sweep and (args.workers is None or args.workers > 0)
+        if (args.workers is not None or args.scheduler) and not fits:
+            raise Refused("--workers N (1 or more) and --scheduler ADDRESS go with --sweep")
+        chosen = choose_notebooks(notebooks, "03" if args.train else args.only)
         jobs = {}
         for combination in combine(args.sweep or []):
             given = check_parameters(chosen, [*args.assignments, *combination])
@@ -506,8 +620,16 @@ def main(argv=None, notebooks=NOTEBOOKS):
             for _, parameters in jobs.values():  # a value that cannot be is refused now, not in the notebook
                 named = {k: v for k, v in parameters.items() if k in vars(settings)}
                 lab6_utils.make_settings(args.profile, **named)
+                lab6_utils.choose_splits(parameters.get("split", "both"))
         except ValueError as error:
             raise Refused(error) from None
+        if args.train:
+            (_, given), *_ = jobs.values()
+            named = {k: v for k, v in given.items() if k in vars(settings)}
+            resume = given.get("resume", "auto")
+            go_on = resume == "yes" or (resume == "auto" and settings.profile == "full")
+            train(lab6_utils.make_settings(args.profile, **named), go_on)
+            return 0
         if args.submission:  # of the system that notebook 04 would draw with
             _, given = jobs.get("04_sampling_and_guidance", (None, {}))
             named = {k: v for k, v in given.items() if k in vars(settings)}
@@ -516,11 +638,15 @@ def main(argv=None, notebooks=NOTEBOOKS):
         if not args.report:
             folder = settings.runs / "notebooks" / settings.profile / ("sweep" if args.sweep else "")
             jobs = {name: (path, {"profile": settings.profile, **given}) for name, (path, given) in jobs.items()}
-            run_all(jobs, folder, run_facts(settings), args.timeout, bool(args.sweep))
+            if args.sweep:
+                run_sweep(jobs, folder, run_facts(settings), args.timeout, args.scheduler, args.workers)
+            else:
+                run_all(jobs, folder, run_facts(settings), args.timeout)
         if not args.no_report and not args.sweep:
             report(settings, notebooks)
     except Refused as error:
-        print(error, file=sys.stderr)
+        if first:
+            print(error, file=sys.stderr)
         return 2
     except Failed as error:
         print(f"  {error}", file=sys.stderr)

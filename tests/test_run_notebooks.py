@@ -102,14 +102,18 @@ def test_parameters_go_to_the_notebooks_that_have_them(folder):
         ["--only", "07"],
         ["--profile", "huge"],
         ["-p", "sampler=best"],
+        ["-p", "split=train"],
         ["-p", "seed=-3"],
         ["--sweep", "seed=0,x"],
         ["--sweep", "sampler=ddim,best"],
         ["--sweep", "seed"],
+        ["--workers", "2"],
+        ["--sweep", "seed=0", "--workers", "0"],
+        ["--train", "--only", "01"],
     ],
 )
 def test_refused_before_anything_runs(folder, capsys, request_):
-    write_notebook(folder / "01_a.ipynb", "open('ran', 'w')", parameters=PARAMETERS + 'sampler = ""\n')
+    write_notebook(folder / "01_a.ipynb", "open('ran', 'w')", parameters=PARAMETERS + 'sampler = ""\nsplit = "both"\n')
     assert run(folder, *request_) == 2
     assert capsys.readouterr().err.count("\n") <= 2
     assert not (folder / "ran").exists() and not executed(folder).exists()
@@ -172,11 +176,12 @@ def test_a_sweep_runs_every_combination_once(folder, capsys):
     write_notebook(folder / "01_a.ipynb", cell, parameters=PARAMETERS + "schedule = None\nepochs = None\n")
     ran = lambda: (folder / "ran").read_text().splitlines()
     asked = ["-p", "epochs=3", "--sweep", "schedule=linear,cosine", "seed=0,2,1"]
-    assert run(folder, *asked) == 1
-    assert ran() == [f"{seed} {schedule} 3" for schedule in ("linear", "cosine") for seed in (0, 2, 1)]
+    assert run(folder, "--workers", "2", *asked) == 1
+    assert sorted(ran()) == [f"{seed} {schedule} 3" for seed in (0, 1, 2) for schedule in ("cosine", "linear")]
     out, error = capsys.readouterr()
-    assert "2 of 6 failed: 01_a,schedule=linear,seed=2; 01_a,schedule=cosine,seed=2" in error and "too many" in error
-    assert "4 of 6: 01_a,schedule=cosine,seed=0" in out
+    failures = sorted(error.rpartition("2 of 6 failed: ")[2].strip().split("; "))
+    assert failures == ["01_a,schedule=cosine,seed=2", "01_a,schedule=linear,seed=2"] and "too many" in error
+    assert "4 of 6: 01_a,schedule=" in out
     entries = json.loads(executed(folder, "sweep/status.json").read_text())
     assert entries["01_a,schedule=cosine,seed=1"]["state"] == "ok"
     done = executed(folder, "sweep/01_a,schedule=cosine,seed=1.ipynb")
@@ -185,6 +190,54 @@ def test_a_sweep_runs_every_combination_once(folder, capsys):
     assert ran()[6:] == ["1 cosine 3"], "the others had been done"
     assert done.is_file() and "done before, at commit" in capsys.readouterr().out
     assert run(folder, "-p", "epochs=4", "--sweep", "schedule=linear", "seed=0") == 0 and ran()[7:] == ["0 linear 4"]
+
+
+def test_what_a_worker_did_when_it_died_is_done_again(folder):
+    """Two workers; the one that runs seed 0 is killed in the middle of it, and each result is recorded once."""
+    cells = [
+        "import os, pathlib, sys, time\nimport lab6_utils as lab",
+        "with open('starts', 'a') as log:\n    log.write(f'{seed} {os.getppid()}\\n')\n"
+        "while seed == 0 and not pathlib.Path('go').exists():\n    time.sleep(0.1)",
+        "settings = lab.make_settings(profile, seed=seed)\n"
+        "lab.save_result(settings, {'system': f'seed {seed}', 'accuracy': 1.0}, 'trainings')",
+    ]
+    write_notebook(folder / "01_a.ipynb", *cells)
+    starts = lambda: [line.split() for line in (folder / "starts").read_text().splitlines()]
+    asked = ["--profile", "tiny", "--sweep", "seed=0,1,2", "--workers", "2"]
+    program = "import pathlib, run_notebooks as r, sys; sys.exit(r.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
+    process = subprocess.Popen([sys.executable, "-c", program, str(folder), *asked], cwd=run_notebooks.ROOT)
+    try:
+        for _ in range(600):
+            time.sleep(0.2)
+            if executed(folder, "sweep/01_a,seed=2.ipynb").exists():
+                break
+        (worker,) = [int(pid) for seed, pid in starts() if seed == "0"]
+        os.kill(worker, signal.SIGKILL)
+        for _ in range(600):
+            time.sleep(0.2)
+            if len(starts()) == 4:
+                break
+        (folder / "go").touch()
+        assert process.wait(timeout=120) == 0
+    finally:
+        process.kill()
+    assert sorted(seed for seed, _ in starts()) == ["0", "0", "1", "2"], "only what the dead worker did is done again"
+    results = json.loads((folder.parent / "LAB6_RUNS" / "tiny" / "figures" / "results.json").read_text())["trainings"]
+    assert sorted(row["system"] for row in results) == ["seed 0", "seed 1", "seed 2"]
+    entries = json.loads(executed(folder, "sweep/status.json").read_text())
+    assert {name: entry["state"] for name, entry in entries.items()} == {f"01_a,seed={i}": "ok" for i in range(3)}
+
+
+def test_a_sweep_on_the_workers_of_a_scheduler(folder, capsys):
+    from distributed import LocalCluster
+
+    write_notebook(folder / "01_a.ipynb", "open(f'ran {seed}', 'w')")
+    assert run(folder, "--sweep", "seed=0", "--scheduler", "tcp://127.0.0.1:9") == 2
+    assert "no dask scheduler answers there" in capsys.readouterr().err
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        assert run(folder, "--sweep", "seed=0,1", "--scheduler", cluster.scheduler_address) == 0
+        assert len(cluster.scheduler_info["workers"]) == 1, "the cluster is its owner's to close"
+    assert (folder / "ran 0").exists() and (folder / "ran 1").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

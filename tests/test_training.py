@@ -433,13 +433,13 @@ def test_the_autoencoder_comes_first_and_resumes(small, tmp_path):
         run(settings, small, tmp_path)
     whole = list(lab.train_autoencoder(settings, small, tmp_path / "straight"))
     stopped = lab.train_autoencoder(settings, small, tmp_path)
-    assert next(stopped)["epoch"] == 1
+    assert next(stopped).epoch == 1
     stopped.close()
-    assert [record["epoch"] for record in lab.train_autoencoder(settings, small, tmp_path)] == [2]
+    assert [record.epoch for record in lab.train_autoencoder(settings, small, tmp_path)] == [2]
     assert list(lab.train_autoencoder(settings, small, tmp_path)) == [], "it is finished"
     one, other = (lab.load_autoencoder(settings, f).state_dict() for f in (tmp_path, tmp_path / "straight"))
     assert_same(one, other)
-    assert whole[1]["error"] < whole[0]["error"]
+    assert whole[1].error < whole[0].error
 
 
 def test_latents_are_those_of_the_pictures(small, tmp_path):
