@@ -635,8 +635,12 @@ class ICLEVRDataset(torch.utils.data.Dataset):
         return to_float(self.pixels[index]), self.labels[index]
 
     def draw(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """x_0 for training: the images of `rows`, (B, 3, 64, 64) in [-1, 1], on the generator's device."""
-        return to_float(self.pixels[rows].to(generator.device))
+        """x_0 for training: the images of `rows`, (B, 3, 64, 64) in [-1, 1], on the generator's device, to which all
+        images go when it is first asked for (0.2 GB)."""
+        there = getattr(self, "_there", self.pixels)
+        if there.device != generator.device:
+            self._there = there = self.pixels.to(generator.device)
+        return to_float(there[rows.to(generator.device)])
 
 
 def training_set(settings: Settings, files: DataFiles) -> ICLEVRDataset:
@@ -969,10 +973,11 @@ class TokenCondition(nn.Module):
         self.pool = nn.Sequential(nn.Linear(len(OBJECTS), width), nn.SiLU(), nn.Linear(width, width))
         self.null = nn.Parameter(torch.randn(token_dim)) if null_condition else None
         self.null_pooled = nn.Parameter(torch.zeros(width)) if null_condition else None
+        self.slots = 0  # how many, where that is known: to count them the host would wait for a GPU at every step
 
     def forward(self, labels, null):
         table = self.mix((self.shape + self.colour).flatten(0, 1))  # (24, token_dim), in the order of OBJECTS
-        slots = max(3, int(labels.sum(1).max()))
+        slots = self.slots or max(3, int(labels.sum(1).max()))
         present, index = labels.sort(dim=1, descending=True, stable=True)
         tokens = torch.where(present[:, :slots, None] > 0, table[index[:, :slots]], self.empty.to(table))
         pooled = self.pool(labels)
@@ -1398,7 +1403,8 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
     scheduler, denoiser = make_scheduler(settings), make_denoiser(settings)
     optimizer = torch.optim.AdamW(denoiser.parameters(), settings.learning_rate, weight_decay=settings.weight_decay,
                                   fused=settings.device != "mps")  # fmt: skip
-    ema = EMAModel(denoiser.parameters(), settings.ema_decay, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(denoiser.parameters(), settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+    denoiser.condition.slots = max(3, int(dataset.labels.sum(1).max()))
     state = _read_checkpoint(settings, folder) if resume else None
     history = []
     if state:
@@ -1540,6 +1546,7 @@ def _read_checkpoint(settings, folder):
 def _ema_copy(denoiser, ema):
     """A frozen copy of `denoiser` with the averaged weights (its buffers are copied as they are)."""
     averaged = copy.deepcopy(denoiser)
+    averaged.condition.slots = 0
     ema.copy_to(averaged.parameters())
     return averaged.eval().requires_grad_(False)
 

@@ -110,6 +110,16 @@ def test_predictions_do_not_depend_on_the_batch(denoiser):
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_slots_that_nobody_fills_change_nothing():
+    """Training fixes their number beforehand (`train`), so that a GPU need not be asked at every step."""
+    denoiser = lab.make_denoiser(lab.make_settings("tiny", device="cpu")).eval()
+    x_t, labels = torch.randn(2, 3, 64, 64), lab.encode_labels([["red cube"], ["blue sphere", "gray cube"]])
+    with torch.no_grad():
+        counted = denoiser(x_t, torch.tensor(500), labels)
+        denoiser.condition.slots = 5
+        torch.testing.assert_close(denoiser(x_t, torch.tensor(500), labels), counted)
+
+
 def test_the_time_step_matters_and_may_be_one_for_all(denoiser):
     sets, x_t = [["red sphere"], ["cyan cube"]], noise(2)
     one, each = predict(denoiser, sets, 500, x_t), predict(denoiser, sets, torch.tensor([500, 500]), x_t)
