@@ -181,6 +181,7 @@ class Settings:
     steps: int = 20  # make_settings takes 0 for all T
     guidance: str = "classifier-free"  # none, classifier-free, composition, classifier-1 or classifier-2
     guidance_scale: float = 4.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # where in t / T guidance acts; 0 is the clean end
     classifier_input: str = "x_0"  # what the classifier is shown: the x_0 that the network predicts, or x_t
     ddpm_images: int = 4  # how many images notebook 04 draws with all T ancestral steps
     seeds: int = 16
@@ -227,6 +228,8 @@ class Settings:
                 f"{crossing[0]}={getattr(self, crossing[0])} with conditioning={self.conditioning!r}: cross-attention "
                 "needs conditioning='tokens' or 'multi-hot'"
             )
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
+            raise ValueError(f"guidance_interval={self.guidance_interval}: give its lower and upper end, from 0 to 1")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout={self.label_dropout}: must be in [0, 1)")
         if self.label_dropout == 0 and guidance_kind(self) in ("classifier-free", "composition"):
@@ -346,7 +349,7 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
         values["guidance"] = "none"  # the default one needs a network that has learnt to do without labels
     for name, value in values.items():
         if isinstance(value, list):
-            values[name] = tuple(value)
+            values[name] = tuple(float(v) if name == "guidance_interval" and type(v) is int else v for v in value)
         elif _TYPES[name] is float and type(value) is int:
             values[name] = float(value)
     return Settings(**values)
@@ -1510,7 +1513,7 @@ def _save_pretrained(model, folder, history):
 
 #: Settings that may change when a run is resumed. `epochs` moves the decay of the learning rate, no step before it.
 _RESUMABLE = {"profile", "run", "device", "precision", "epochs", "keep", "keep_every", "sampler", "steps", "guidance",
-              "guidance_scale", "classifier_input", "ddpm_images", "seeds", "evaluation_sets",
+              "guidance_scale", "guidance_interval", "classifier_input", "ddpm_images", "seeds", "evaluation_sets",
               "evaluator_epochs", "evaluator_scenes"}  # fmt: skip
 
 
@@ -1600,6 +1603,7 @@ class ICLEVRPipeline(DiffusionPipeline):
         num_inference_steps: int = 20,
         guidance_scale: float = 1.0,
         guidance: str = "classifier-free",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         classifier_input: str = "x_0",
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -1622,6 +1626,8 @@ class ICLEVRPipeline(DiffusionPipeline):
                 al. 2022); a pass for each object and one without labels.
                 "classifier-1", "classifier-2": algorithms 1 and 2 of Dhariwal & Nichol 2021: s times the gradient of
                 log p(labels | x_t) moves the mean of an ancestral step, or eps; 0 is off.
+            guidance_interval: the steps at which guidance acts, by the lowest and highest t / T (Kynkäänniemi et al.
+                2024); the others cost one pass, as without guidance.
             classifier_input: what the classifier is shown, "x_0" (as predicted at x_t, with the gradient through the
                 network, in the same pass) or "x_t", which it was not trained on.
             generator: one, or one for each picture, which makes a picture independent of its batch.
@@ -1647,10 +1653,12 @@ class ICLEVRPipeline(DiffusionPipeline):
         channels, size = self.denoiser.config.image_channels, self.denoiser.config.image_size
         x_t = randn_tensor((len(labels), channels, size, size), generator=generator, device=self.device)
         x_t = x_t * self.scheduler.init_noise_sigma
+        acts = steps_with_guidance(self.scheduler, guidance_interval)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
-        process, guesses = [], []
+        process, guesses, wanted = [], [], guidance
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            guidance = wanted if acts[i] else "none"
             seen = self.scheduler.scale_model_input(x_t, t)  # x_t as the network knows it
             if guidance in BY_CLASSIFIER:
                 prediction, gradient = self._classify(seen, t, labels, classifier_input)
@@ -1722,6 +1730,12 @@ class ICLEVRPipeline(DiffusionPipeline):
         return (1 - before) / (1 - now) * (1 - now / before)
 
 
+def steps_with_guidance(scheduler: SchedulerMixin, interval: tuple[float, float]) -> list[bool]:
+    """Of each pass of a sampler whose steps are set: does its t / T lie in the interval?"""
+    low, high = (end * scheduler.config.num_train_timesteps for end in interval)
+    return [low <= t <= high for t in scheduler.timesteps.tolist()]
+
+
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] -> list of PIL images."""
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_uint8(images)]
@@ -1772,7 +1786,8 @@ def sample(pipe: ICLEVRPipeline, label_sets, settings: Settings, seed: int = 0, 
     """
     labels = label_sets if isinstance(label_sets, torch.Tensor) else encode_labels(label_sets)
     generators = [make_generator(seed, i) for i in range(len(labels))]
-    options = {name: getattr(settings, name) for name in ("guidance", "guidance_scale", "classifier_input")}
+    options = {name: getattr(settings, name) for name in
+               ("guidance", "guidance_scale", "guidance_interval", "classifier_input")}  # fmt: skip
     options |= dict(num_inference_steps=settings.steps) | overrides
     pipe.set_progress_bar_config(disable=True)
     images = []
@@ -1834,8 +1849,8 @@ def _sample_each(pipe, label_sets, settings, seeds, overrides):
 def sample_process(pipe: ICLEVRPipeline, label_set, settings: Settings, seed: int = 0):
     """One picture on its way: (x_t, guesses of x_0), each (steps + 1, 3, 64, 64), noise first, picture last."""
     with autocast(settings):
-        output = pipe(label_set, settings.steps, settings.guidance_scale, settings.guidance, settings.classifier_input,
-                      make_generator(seed, 0), return_process=True)  # fmt: skip
+        output = pipe(label_set, settings.steps, settings.guidance_scale, settings.guidance, settings.guidance_interval,
+                      settings.classifier_input, make_generator(seed, 0), return_process=True)  # fmt: skip
     return output.process[:, 0], output.guesses[:, 0]
 
 
@@ -1845,11 +1860,24 @@ def guidance_kind(settings: Settings) -> str:
     return "none" if off.get(settings.guidance) == settings.guidance_scale else settings.guidance
 
 
-def describe_guidance(kind: str, scale: float | None, shown: str | None = None) -> str:
-    """ "none", "s = 3" (classifier-free), "composition, s = 3" or "classifier-2 by x_0, s = 4"."""
+def guidance_of(settings: Settings) -> dict:
+    """How `settings` guide, as results.json keeps it: kind and scale, and what else is not as usual."""
+    told = {"kind": guidance_kind(settings), "scale": settings.guidance_scale}
+    if told["kind"] in BY_CLASSIFIER:
+        told["shown"] = settings.classifier_input
+    if told["kind"] != "none" and settings.guidance_interval != (0.0, 1.0):
+        told["interval"] = list(settings.guidance_interval)
+    return told
+
+
+def describe_guidance(kind: str, scale: float | None, shown: str | None = None, interval=None) -> str:
+    """What `guidance_of` gives in words: "none", "s = 3" (classifier-free), "composition, s = 3",
+    "classifier-2 by x_0, s = 4" or "s = 3 at t/T from 0.2 to 0.8"."""
     if kind == "none" or scale is None:
         return "none"
-    return f"s = {scale:g}" if kind == "classifier-free" else f"{kind}{f' by {shown}' if shown else ''}, s = {scale:g}"
+    where = f" at t/T from {interval[0]:g} to {interval[1]:g}" if interval else ""
+    said = "" if kind == "classifier-free" else f"{kind}{f' by {shown}' if shown else ''}, "
+    return f"{said}s = {scale:g}{where}"
 
 
 def samplers_for(pipe: ICLEVRPipeline, settings: Settings) -> list[str]:
@@ -1861,11 +1889,11 @@ def samplers_for(pipe: ICLEVRPipeline, settings: Settings) -> list[str]:
 def count_evaluations(settings: Settings, labels: torch.Tensor) -> int:
     """How often the network is asked for each picture of a batch with `labels` (B, 24); a pass backward, for the
     gradient of a classifier, is not counted."""
-    steps = 2 * settings.steps - 1 if settings.sampler == "heun" else settings.steps
-    kind = guidance_kind(settings)
-    if kind == "composition":
-        return steps * (1 + int(labels.sum(1).max()))
-    return steps * (2 if kind == "classifier-free" and settings.guidance_scale != 0 else 1)
+    scheduler = make_sampler(settings.sampler, make_scheduler(settings))
+    scheduler.set_timesteps(settings.steps)
+    acts, kind = steps_with_guidance(scheduler, settings.guidance_interval), guidance_kind(settings)
+    more = {"composition": int(labels.sum(1).max()), "classifier-free": int(settings.guidance_scale != 0)}
+    return len(acts) + sum(acts) * more.get(kind, 0)
 
 
 def save_pictures(images: torch.Tensor, folder: Path):
@@ -2591,11 +2619,7 @@ def result_record(settings: Settings, pipe: ICLEVRPipeline | None, split: str, s
         "sampler": settings.sampler if drawn else None,
         "steps": settings.steps if drawn else None,
         "evaluations": count_evaluations(settings, score.labels) if drawn else None,
-        "guidance": {
-            "kind": guidance_kind(settings) if drawn else "none",
-            "scale": settings.guidance_scale if drawn else None,
-            **({"shown": settings.classifier_input} if drawn and guidance_kind(settings) in BY_CLASSIFIER else {}),
-        },
+        "guidance": guidance_of(settings) if drawn else {"kind": "none", "scale": None},
         "seeds": len(score.probabilities) if drawn else None,
         **score.metrics(),
         "seconds_per_64": seconds_per_64 and round(seconds_per_64, 2),
@@ -2656,8 +2680,7 @@ def results_of_presets(settings: Settings, kind: str) -> list[dict]:
         here, whole = (make_settings(p, preset=row["system"], device="cpu") for p in (chosen["profile"], whole_profile))
         if kind == "trainings":
             return here.channels == whole.channels
-        guided = {"kind": guidance_kind(here), "scale": here.guidance_scale}
-        alike = (row["sampler"], row["steps"], row["guidance"]) == (here.sampler, here.steps, guided)
+        alike = (row["sampler"], row["steps"], row["guidance"]) == (here.sampler, here.steps, guidance_of(here))
         return alike and chosen["profile"] == whole_profile
 
     return list(filter(as_it_is, load_results(settings, kind)))
@@ -2684,7 +2707,7 @@ def systems_table(settings: Settings) -> str:
         own = make_settings("full", preset=name, device="cpu")
         size = count_parameters(make_denoiser(own, "meta"))
         drawn = (
-            f"{own.sampler}, {own.steps} steps, guidance {describe_guidance(guidance_kind(own), own.guidance_scale)}"
+            f"{own.sampler}, {own.steps} steps, guidance {describe_guidance(**guidance_of(own))}"
         )
         cells = [name, f"{size / 1e6:.1f} M", *REPORTED.get(name, "–––"), *cells, drawn, f"{seen:,}"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -93,6 +93,8 @@ REFUSED = [
     (dict(zero_snr=True, loss_weighting="min-snr"), "zero_snr=True with loss_weighting='min-snr'"),
     (dict(label_dropout=0, guidance="classifier-free"), "label_dropout=0 with guidance='classifier-free'"),
     (dict(preset="linear-512", guidance="composition"), "label_dropout=0 with guidance='composition'"),
+    (dict(guidance_interval=(0.8, 0.2)), "guidance_interval=(0.8, 0.2): give its lower and upper end, from 0 to 1"),
+    (dict(guidance_interval=(0.8,)), "guidance_interval=(0.8,): give its lower and upper end, from 0 to 1"),
     (dict(guidance="classifier-1", sampler="ddim"), "guidance='classifier-1' with sampler='ddim'"),
     (dict(conditioning="mlp"), "with conditioning='mlp': cross-attention needs conditioning='tokens' or 'multi-hot'"),
     (dict(conditioning="linear", attention=["none"] * 3, up_attention=["none", "none", "cross"]),

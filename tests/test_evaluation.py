@@ -572,6 +572,7 @@ def test_results_follow_the_schema(data, runs):
         (dict(guidance="composition", guidance_scale=1.0), {"kind": "composition", "scale": 1.0}),
         (dict(guidance="classifier-2", guidance_scale=0.0), {"kind": "none", "scale": 0.0}),
         (dict(guidance="classifier-2", classifier_input="x_t"), {"kind": "classifier-2", "scale": 4.0, "shown": "x_t"}),
+        (dict(guidance_interval=(0.0, 0.5)), {"kind": "classifier-free", "scale": 4.0, "interval": [0.0, 0.5]}),
     ):
         assert lab.result_record(tiny(**choice), pipe, "test", score, files)["guidance"] == said
     lab.save_result(settings, lab.result_record(settings, None, "real-held-out", score, files))

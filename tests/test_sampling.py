@@ -104,6 +104,16 @@ def test_no_guidance_is_the_labelled_prediction(pipe):
     assert torch.equal(draw(pipe, guidance="none", guidance_scale=5.0), draw(pipe, guidance_scale=1.0))
 
 
+@pytest.mark.parametrize("guidance, most", [("classifier-free", 6), ("composition", 12)])
+def test_guidance_acts_in_its_interval(pipe, calls, guidance, most):
+    """Five steps at t = 999, 799, 599, 399, 199."""
+    options = dict(guidance=guidance, guidance_scale=3.0, steps=5)
+    images = draw(pipe, guidance_interval=(0.3, 0.7), **options)
+    assert [count for count, _, _ in calls] == [3, 3, most, most, 3]
+    assert (images - draw(pipe, **options)).abs().max() > 1e-3
+    assert torch.equal(draw(pipe, guidance_interval=(0.0, 0.1), **options), draw(pipe, steps=5, guidance="none"))
+
+
 def test_composition_adds_what_each_object_alone_changes(pipe, monkeypatch):
     """Liu et al. 2022: eps_uncond + s sum_i (eps_i - eps_uncond), at one step of the schedule."""
     predictions = []
@@ -202,7 +212,9 @@ def test_classifier_guidance_raises_what_the_classifier_says(sampler):
 def test_evaluations_are_counted_as_the_network_is_asked(pipe, calls):
     labels = lab.encode_labels(SETS)
     for options in (dict(), dict(guidance_scale=1.0), dict(guidance_scale=0.0), dict(guidance="none"),
-                    dict(guidance="composition"), dict(sampler="heun", guidance_scale=1.0)):  # fmt: skip
+                    dict(guidance="composition"), dict(sampler="heun", guidance_scale=1.0),
+                    dict(guidance_interval=(0.2, 0.6)),
+                    dict(sampler="heun", guidance_interval=(0.5, 1.0))):  # fmt: skip
         settings = tiny(**options)
         pipe.scheduler = lab.make_sampler(settings.sampler, pipe.scheduler)
         calls.clear()
