@@ -2706,9 +2706,7 @@ def systems_table(settings: Settings) -> str:
         seen = max((r["images_seen"] for r in trained if r["system"] == name), default=0)
         own = make_settings("full", preset=name, device="cpu")
         size = count_parameters(make_denoiser(own, "meta"))
-        drawn = (
-            f"{own.sampler}, {own.steps} steps, guidance {describe_guidance(**guidance_of(own))}"
-        )
+        drawn = f"{own.sampler}, {own.steps} steps, guidance {describe_guidance(**guidance_of(own))}"
         cells = [name, f"{size / 1e6:.1f} M", *REPORTED.get(name, "–––"), *cells, drawn, f"{seen:,}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
