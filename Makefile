@@ -1,5 +1,6 @@
 # make report   run the notebooks, then write report.html and report.pdf   [PROFILE=quick|shipped|full] [ARGS="--only 04"]
 # make test     run the tests                                               [ARGS="-k schedules"]
+# make bench    how fast everything is, beside the same work as the reports do it: about eight minutes   [ARGS="--only data"]
 # make experiments   the trainings that notebook 06 compares: hours on a CPU; goes on where it was stopped
 # make submission STUDENT_ID=... NAME=...   what the course wants, from the report made last: zip and weights
 # make lab      JupyterLab on the notebooks
@@ -48,6 +49,9 @@ experiments: .venv/installed
 	  --sweep preset=latent,mlp-fusion,linear-attn,cross-attention,linear-512,linear-512-six
 	$(BIN)/python run_notebooks.py --profile shipped --only 06
 
+bench: .venv/installed
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
 submission: .venv/installed browser
 	LAB6_STUDENT_ID="$(STUDENT_ID)" LAB6_STUDENT_NAME="$(NAME)" \
 	  $(BIN)/python run_notebooks.py --profile $(PROFILE) --submission $(ARGS)
@@ -86,4 +90,4 @@ browser:
 	$(CAN_APT) && echo "installing chromium" && \
 	  { $(APT) chromium fonts-noto-cjk fonts-liberation fonts-dejavu-extra; } >/dev/null 2>&1 || true
 
-.PHONY: help report experiments submission test lab lock clean browser
+.PHONY: help report experiments bench submission test lab lock clean browser

@@ -82,5 +82,9 @@ def test_committed_results_are_of_the_shipped_weights():
         assert best[split]["weights_sha256"] == lab6_utils.sha256_of(weights)
         assert best[split]["seeds"] >= 16 and best[split]["ci95_seeds"]
         assert (best[split]["ci95_sets"] is None) == (split == "manual")
+    readers = {"resnet18": "evaluator", "judge": "judge"}
+    for row in rows:
+        file = lab6_utils.WEIGHTS / readers[row["evaluator"]] / "model.safetensors"
+        assert row["evaluator_sha256"] == lab6_utils.sha256_of(file), "read by an evaluator that does not ship"
     assert best["test"]["accuracy"] >= 0.9
     assert best["real-held-out"]["accuracy"] >= 0.97

@@ -1,0 +1,323 @@
+#!/usr/bin/env python3
+"""How fast the workbook is, and how fast the same work is when done as the four reports describe theirs.
+
+    python benchmarks/speed.py                  everything; about eight minutes on two cores        (make bench)
+    python benchmarks/speed.py --only sampling  one part: data, training, sampling, memory or growth
+    python benchmarks/speed.py --table          measure nothing, print what benchmarks/results.json holds
+
+Each row goes into benchmarks/results.json under its name and kind of device, in place of the one measured there before:
+{name: {ours, baseline, ratio, unit, device, date}}. Where `extrapolated` stands, the baseline was timed for a part
+of its steps and scaled up. Both sides of a row run in one process, one after the other, on an otherwise idle machine.
+
+The baseline is what the reports say of themselves: each PNG is read and resized when its turn comes, in every epoch;
+the network is linear-512 in single precision and default memory format; Adam, and loss.item() at every step;
+pictures are drawn one at a time, by ancestral sampling in all 1000 steps.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision import transforms
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import lab6_utils as lab  # noqa: E402
+
+RESULTS = Path(__file__).with_name("results.json")
+COLUMNS = ("ours", "baseline", "ratio", "unit", "device", "date")
+
+
+class EveryTime(torch.utils.data.Dataset):
+    """The reports' way: a PNG file is read, resized and normalised each time that it is asked for."""
+
+    def __init__(self, files):
+        self.folder, self.names = files.images, sorted(files.train)
+        self.labels = lab.encode_labels([files.train[name] for name in self.names])
+        steps = [transforms.Resize((64, 64)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return self.transform(Image.open(self.folder / self.names[index]).convert("RGB")), self.labels[index]
+
+
+def synchronise(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_each(step, times, device="cpu", warm_up=1):
+    """Mean seconds of `times` calls of step(i), after some that do not count."""
+    for i in range(warm_up):
+        step(i)
+    synchronise(device)
+    start = time.perf_counter()
+    for i in range(times):
+        step(warm_up + i)
+    synchronise(device)
+    return (time.perf_counter() - start) / times
+
+
+def images_per_second_read(files, count=1000):
+    """Of the baseline's dataset, in one process."""
+    dataset = EveryTime(files)
+    order = torch.randperm(len(dataset))[: min(count, len(dataset))].tolist()
+    return 1 / seconds_each(lambda i: dataset[order[i % len(order)]], len(order) - 1)
+
+
+def unpacked(files, folder, count=None, size=None):
+    """The first so many images as PNG files in a folder, as the course hands them out; perhaps of another size."""
+    (folder / "iclevr").mkdir(parents=True)
+    dataset = lab.ICLEVRDataset(files, "all", limit=count or 0)
+    for name, picture in zip(dataset.names, lab.to_pil(lab.to_float(dataset.pixels)), strict=True):
+        (picture.resize(size) if size else picture).save(folder / "iclevr" / name)
+    lists = dict(train={name: files.train[name] for name in dataset.names}, test=files.test, new_test=files.new_test)
+    for name, value in (lists | dict(objects={o: i for i, o in enumerate(lab.OBJECTS)})).items():
+        lab.write_json(folder / f"{name}.json", value)
+    return lab.read_data(folder)
+
+
+def seconds_to_open(files, runs):
+    """Until all images of `files` can be used, and the dataset; `runs` holds the cache, or will."""
+    start = time.perf_counter()
+    dataset = lab.ICLEVRDataset(files, "all", runs=runs)
+    return time.perf_counter() - start, dataset
+
+
+def measure_data(settings):
+    """Reading the images: once into the cache, from the cache, and as a share of a training step."""
+    files = lab.find_data(settings.rendered_scenes)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        large = unpacked(files, folder / "large", 1500, (320, 240))
+        seconds, dataset = seconds_to_open(large, folder / "cache of large")
+        rates = len(dataset) / seconds, images_per_second_read(large)
+        yield "reading 320×240 PNG files into the cache", *rates, "images/s", dict(images=len(dataset))
+        plain = unpacked(files, folder / "plain")
+        cold, dataset = seconds_to_open(plain, folder / "cache")
+        read = images_per_second_read(plain)
+        yield "reading 64×64 PNG files into the cache", len(dataset) / cold, read, "images/s", dict(images=len(dataset))
+        warm, dataset = seconds_to_open(plain, folder / "cache")
+        yield "images ready: from the cache; baseline: making it", warm, cold, "s", dict(images=len(dataset))
+    generator = lab.make_generator(0, device=settings.device)
+    each = seconds_each(lambda i: dataset.draw(torch.randint(len(dataset), (32,)), generator), 100, settings.device)
+    yield "an epoch's images, once they are read", 32 / each, read, "images/s", {}
+    step = 32 / ours_trains(settings, files, 32, 8)
+    yield "data in a training step of tokens", 100 * each / step, 100 / (1 + step * read / 32), "%", {}
+
+
+def ours_trains(settings, files, batch, steps):
+    """Images a second of `lab.train`, in its second epoch; what is saved after an epoch is not counted."""
+    part = lab.ICLEVRDataset(files, "train", batch * steps)
+    own = lab.make_settings("full", preset=settings.preset, batch_size=batch, epochs=2, device=settings.device)
+    with tempfile.TemporaryDirectory() as folder:
+        return [record.images_per_s for record in lab.train(own, part, folder)][1]
+
+
+def baseline_trains(settings, files, batch, steps):
+    """Images a second of training as the reports describe theirs, with the network of `settings`' preset."""
+    own = lab.make_settings("full", preset=settings.preset, device=settings.device, precision="fp32")
+    denoiser = lab.make_denoiser(own).train().to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.Adam(denoiser.parameters(), own.learning_rate)
+    scheduler = lab.DDPMScheduler(1000, beta_schedule="linear")
+    loader = itertools.cycle(torch.utils.data.DataLoader(EveryTime(files), batch, shuffle=True, drop_last=True))
+
+    def step(i):
+        x_0, labels = (v.to(own.device) for v in next(loader))
+        eps, t = torch.randn_like(x_0), torch.randint(1000, (len(x_0),), device=own.device)
+        loss = (denoiser(scheduler.add_noise(x_0, eps, t), t, labels) - eps).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return batch / seconds_each(step, steps, own.device, 2)
+
+
+def measure_training(settings):
+    """Images a second in training, of the reports' network and of ours, in their way and in ours."""
+    files = lab.find_data(settings.rendered_scenes)
+    choices = [("linear-512", 32, 100), ("tokens", 32, 100)]
+    if settings.device == "cpu":
+        choices = [("linear-512", 8, 4), ("tokens", 32, 8)]
+    with tempfile.TemporaryDirectory() as folder:
+        plain = unpacked(files, Path(folder) / "plain", 512)
+        for preset, batch, steps in choices:
+            own = lab.make_settings("full", preset=preset, device=settings.device)
+            rates = ours_trains(own, files, batch, steps), baseline_trains(own, plain, batch, steps)
+            yield f"training {preset}", *rates, "images/s", dict(batch=batch)
+
+
+@torch.no_grad()
+def measure_sampling(settings):
+    """64 label sets with the weights that ship, and in all steps one by one; and a pass of the network alone."""
+    device, sets = settings.device, lab.find_data(settings.rendered_scenes).test
+    sets = (sets * (64 // len(sets) + 1))[:64]
+    labels = lab.encode_labels(sets).to(device)
+    pipe = lab.load_pipeline(settings, "shipped")
+    ours = seconds_each(lambda i: lab.sample(pipe, sets, settings, i), 1, device)
+    steps = 60
+    networks = {name: lab.make_denoiser(lab.make_settings("full", preset=name, device=device)).eval()
+                for name in ("linear-512", "linear-512-six", "tokens")}  # fmt: skip
+    scheduler = lab.DDPMScheduler(1000, beta_schedule="linear")
+    scheduler.set_timesteps(1000)
+    for preset in ("linear-512", "tokens"):
+        network = networks[preset].to(memory_format=torch.contiguous_format)
+        state = [torch.randn(1, 3, 64, 64, device=device)]
+
+        def step(i, network=network, state=state):
+            t = scheduler.timesteps[i].to(device)
+            state[0] = scheduler.step(network(state[0], t, labels[:1]), t, state[0]).prev_sample
+
+        theirs = seconds_each(step, steps, device, 3) * 64 * 1000
+        more = dict(extrapolated=f"from {steps} of 64,000 steps")
+        yield f"64 pictures by tokens; baseline: {preset}, 1000 steps, one by one", ours, theirs, "s", more
+    x_t = torch.randn(16, 3, 64, 64, device=device)
+
+    def milliseconds(network):
+        def step(i):
+            with lab.autocast(settings):
+                network(x_t, torch.tensor(500, device=device), labels[:16])
+
+        return 1000 / 16 * seconds_each(step, 10, device)
+
+    six = networks["linear-512-six"].to(memory_format=torch.channels_last)
+    both = milliseconds(pipe.denoiser), milliseconds(six)
+    yield "one picture through tokens once; baseline: linear-512-six", *both, "ms", dict(batch=16)
+
+
+def train_some(batch, size, preset):
+    """Two training steps, then the peak memory in GB and the seconds of the second; for a process of its own."""
+    settings = lab.make_settings("full", preset=preset, device="cpu")
+    denoiser = lab.make_denoiser(settings)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), fused=True)
+    x_t, labels = torch.randn(batch, 3, size, size), lab.encode_labels([list(lab.MANUAL_SET)] * batch)
+
+    def step(i):
+        with lab.autocast(settings):
+            prediction = denoiser(x_t, torch.zeros(batch, dtype=torch.long), labels)
+        prediction.float().pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    each = seconds_each(step, 1)
+    units = 1e9 if sys.platform == "darwin" else 1e6  # of ru_maxrss: bytes there, else kB
+    print(json.dumps(dict(gigabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units, seconds=each)))
+
+
+def in_a_process(batch, size=64, preset="tokens"):
+    """What `train_some` of these prints."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed; "
+    command = [sys.executable, "-c", code + f"speed.train_some({batch}, {size}, {preset!r})"]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def measure_memory(settings):
+    """Peak memory of training at a batch of 64, of the process with all its libraries."""
+    if settings.device == "cpu":
+        both = (in_a_process(64, preset=name)["gigabytes"] for name in ("tokens", "linear-512"))
+        yield "memory of training tokens; baseline: linear-512", *both, "GB", dict(batch=64)
+
+
+def measure_growth(settings):
+    """What more images, larger ones, more objects and larger batches cost; no baseline."""
+    if settings.device != "cpu":
+        return
+    files = lab.find_data(settings.rendered_scenes)
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (1000, 4000, 16000):
+            if count <= len(files.train):
+                folder = Path(folder)
+                seconds, dataset = seconds_to_open(
+                    unpacked(files, folder / f"{count}", count), folder / f"cache{count}"
+                )
+                more = dict(megabytes=dataset.pixels.numel() / 1e6)
+                yield f"growth: {count:,} images into the cache", seconds, None, "s", more
+    for batch, size in ((8, 64), (32, 64), (128, 64), (32, 128)):
+        found = in_a_process(batch, size)
+        name = f"growth: a training step of tokens, {batch} pictures of {size}×{size}"
+        yield name, found["seconds"], None, "s", dict(gigabytes=found["gigabytes"])
+    pipe = lab.load_pipeline(settings, "shipped")
+    for count in (1, 3, 5):
+        labels = torch.zeros(8, 24)
+        labels[:, :count] = 1
+        each, composed = (seconds_each(lambda i, y=labels, g=kind: lab.sample(pipe, y, settings, guidance=g), 1)
+                          for kind in ("classifier-free", "composition"))  # fmt: skip
+        name = f"growth: drawing 8 pictures of {count} object{'s' * (count > 1)}"
+        yield name, each, None, "s", dict(seconds_by_composition=composed)
+
+
+PARTS = dict(data=measure_data, training=measure_training, sampling=measure_sampling, memory=measure_memory,
+             growth=measure_growth)  # fmt: skip
+
+
+def better(row):
+    """How many times better than the baseline: more images a second, or fewer seconds, bytes or per cent."""
+    more_is_better = row["unit"].endswith("/s")
+    return row["ours"] / row["baseline"] if more_is_better else row["baseline"] / row["ours"]
+
+
+def say(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(results):
+    """Markdown: what was compared, then what grows."""
+    compared = {name: row for name, row in results.items() if row["baseline"] is not None}
+    lines = ["| what | ours | baseline | times better | device | date |", "|---|---|---|---|---|---|"]
+    for name, row in compared.items():
+        mark = " (extrapolated)" if "extrapolated" in row else ""
+        both = [f"{say(row[side])} {row['unit']}" for side in ("ours", "baseline")]
+        cells = [
+            name.rpartition(" @ ")[0],
+            both[0],
+            both[1] + mark,
+            f"**{say(row['ratio'])}**",
+            row["device"],
+            row["date"],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| as work grows | | |", "|---|---|---|"]
+    for name, row in results.items():
+        if name not in compared:
+            more = [f"{say(v)} {k.replace('_', ' ')}" for k, v in row.items() if k not in COLUMNS]
+            cells = [name.removeprefix("growth: ").rpartition(" @ ")[0], f"{say(row['ours'])} {row['unit']}", *more]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, help="measure one part")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    args = parser.parse_args()
+    settings = lab.make_settings("shipped")
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for part, measure in PARTS.items():
+        if args.table or args.only not in (None, part):
+            continue
+        for name, ours, baseline, unit, more in measure(settings):
+            row = dict(ours=ours, baseline=baseline, ratio=None, unit=unit, device=lab.device_name(settings),
+                       date=datetime.date.today().isoformat(), **more)  # fmt: skip
+            row["ratio"] = baseline and better(row)
+            row = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
+            results[f"{name} @ {settings.device}"] = row
+            lab.write_json(RESULTS, results)
+            print(f"progress: {name}: {say(ours)} {unit}, baseline {baseline and say(baseline)}", flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
