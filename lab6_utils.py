@@ -40,6 +40,7 @@ import sys
 import textwrap
 import time
 import typing
+import uuid
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -348,7 +349,7 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
     if values.get("label_dropout") == 0 and "guidance" not in overrides:
         values["guidance"] = "none"  # the default one needs a network that has learnt to do without labels
     for name, value in values.items():
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             values[name] = tuple(float(v) if name == "guidance_interval" and type(v) is int else v for v in value)
         elif _TYPES[name] is float and type(value) is int:
             values[name] = float(value)
@@ -393,12 +394,33 @@ def progress(iterable, description: str, total: int | None = None):
 def _write_atomically(path: Path, write):
     """Call `write(temporary path)`, then rename: `path` is either the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")
     try:
         write(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(file: Path):
+    """Hold a lock file, so that of several processes one at a time does what follows; who waits says so.
+
+    The same process may take it again, since an interrupted cell of a notebook can leave it held.
+    """
+    from filelock import FileLock, Timeout
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"progress: waiting for another process, which works in {file.parent}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -556,13 +578,14 @@ def load_renderer():
 def _render(scenes, objects=3, seed=0):
     """The folder data/runs/rendered-N... with so many rendered scenes, made when it is not whole."""
     folder = _runs_folder() / f"rendered-{scenes}{'' if (objects, seed) == (3, 0) else f'-{objects}-{seed}'}"
-    if not (folder / "train.json").is_file():  # which the renderer writes last
-        start = time.perf_counter()
-        rendering = load_renderer().render_scenes(folder, scenes, objects, seed=seed)
-        for done in progress(rendering, "rendering scenes", scenes):
-            if headless() and (done % max(1, scenes // 6) == 0):
-                left = (time.perf_counter() - start) / done * (scenes - done)
-                print(f"progress: {done} of {scenes} scenes rendered, {format_seconds(left)} left", flush=True)
+    with _alone(folder.with_name(f"{folder.name}.lock")):
+        if not (folder / "train.json").is_file():  # which the renderer writes last
+            start = time.perf_counter()
+            rendering = load_renderer().render_scenes(folder, scenes, objects, seed=seed)
+            for done in progress(rendering, "rendering scenes", scenes):
+                if headless() and (done % max(1, scenes // 6) == 0):
+                    left = (time.perf_counter() - start) / done * (scenes - done)
+                    print(f"progress: {done} of {scenes} scenes rendered, {format_seconds(left)} left", flush=True)
     return folder
 
 
@@ -641,7 +664,7 @@ class ICLEVRDataset(torch.utils.data.Dataset):
         """x_0 for training: the images of `rows`, (B, 3, 64, 64) in [-1, 1], on the generator's device, to which all
         images go when it is first asked for (0.2 GB)."""
         there = getattr(self, "_there", self.pixels)
-        if there.device != generator.device:
+        if there.device.type != generator.device.type:  # a generator's device has no number
             self._there = there = self.pixels.to(generator.device)
         return to_float(there[rows.to(generator.device)])
 
@@ -1316,10 +1339,15 @@ def train_autoencoder(settings: Settings, dataset: ICLEVRDataset, folder: Path):
     which keeps them near each other (the idea of Rombach et al. 2022). A finished one is left alone, a stopped one
     goes on; for diffusion of pixels there is nothing to do.
     """
-    folder, device = Path(folder) / "autoencoder", settings.device
-    if settings.space == "pixels" or (folder / "config.json").is_file():
+    if settings.space == "latents":
+        with _alone(Path(folder) / "lock"):
+            yield from _train_autoencoder(settings, dataset, Path(folder) / "autoencoder")
+
+
+def _train_autoencoder(settings, dataset, folder):
+    if (folder / "config.json").is_file():
         return
-    autoencoder = make_autoencoder(settings)
+    device, autoencoder = settings.device, make_autoencoder(settings)
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=1e-3, weight_decay=0.0, fused=device != "mps")
     size = min(settings.batch_size, len(dataset))
     steps = len(dataset) // size
@@ -1391,14 +1419,23 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
         ValueError: `folder` holds a run of other settings, or the dataset is empty.
         FileNotFoundError: space="latents" and no autoencoder in `folder`.
     """
-    import accelerate
-    from diffusers.training_utils import EMAModel
-    from torch.utils.tensorboard import SummaryWriter
+    from accelerate import Accelerator
 
     if len(dataset) == 0:
         raise ValueError(f"no images to train on: the split {dataset.split!r} of this data is empty")
-    folder = Path(folder)
-    accelerator = accelerate.Accelerator(cpu=settings.device == "cpu")
+    accelerator = Accelerator(cpu=settings.device == "cpu")
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:  # a second training of the same run waits, and then goes on with it
+            stack.enter_context(_alone(Path(folder) / "lock"))
+        accelerator.wait_for_everyone()
+        yield from _train(settings, dataset, Path(folder), resume, accelerator)
+
+
+def _train(settings, dataset, folder, resume, accelerator):
+    from accelerate.utils import gather_object
+    from diffusers.training_utils import EMAModel
+    from torch.utils.tensorboard import SummaryWriter
+
     part = (accelerator.process_index, accelerator.num_processes)
     autoencoder = load_autoencoder(settings, folder)
     if autoencoder is not None:
@@ -1424,8 +1461,10 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
     steps = len(dataset) // size
     done, total = len(history), steps * settings.epochs
     if size % part[1]:
-        raise ValueError(f"batch_size={size} cannot be split evenly over {part[1]} processes")
-    if len(set(accelerate.utils.gather_object([done]))) > 1:
+        raise ValueError(
+            f"batch_size={size} cannot be split evenly over {part[1]} processes: use a multiple of {part[1]}"
+        )
+    if len(set(gather_object([done]))) > 1:
         raise ValueError(f"the processes find different checkpoints in {folder}: it must be a folder that they share")
     if history and history[-1]["step"] != done * steps:
         raise ValueError(f"{folder} was trained on another number of images; use the same data, or name another run")
@@ -1450,11 +1489,12 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
             optimizer.zero_grad()
             ema.step(denoiser.parameters())
             losses += loss.detach()  # no .item(): it would wait for the device at every step
+        loss = accelerator.reduce(losses, "mean").item() / steps  # here the host waits for the device, once an epoch
         now = time.perf_counter()
         record = dict(
             epoch=epoch + 1, epochs=settings.epochs, step=(epoch + 1) * steps,
             images_seen=(epoch + 1) * steps * size,
-            loss=accelerator.reduce(losses, "mean").item() / steps,
+            loss=loss,
             learning_rate=learning_rate(settings, step, total),
             images_per_s=steps * size / (now - epoch_start),
             seconds_left=(now - start) / (epoch + 1 - done) * (settings.epochs - epoch - 1),
@@ -1480,8 +1520,14 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
         yield Epoch(**record, pipeline=pipeline)
 
 
+def count_processes(settings: Settings, dataset: ICLEVRDataset) -> int:
+    """How many processes `train` can use here: one a GPU, as far as they divide a batch; at least 1."""
+    gpus = torch.cuda.device_count() if settings.device == "cuda" else 1
+    return max(n for n in range(1, max(1, gpus) + 1) if min(settings.batch_size, len(dataset)) % n == 0)
+
+
 def train_in_processes(settings: Settings, processes: int, resume: bool = False):
-    """`train` in so many processes, one a GPU where there are some: run_notebooks.py --train, started by torchrun.
+    """What notebook 03 trains with these settings, in so many processes: run_notebooks.py --train under torchrun.
 
     Prints their lines, and returns when all is trained: `train` with resume=True then finds a whole run.
 
@@ -1496,8 +1542,13 @@ def train_in_processes(settings: Settings, processes: int, resume: bool = False)
     command += [ROOT / "run_notebooks.py", "--train", "--profile", settings.profile]
     command += [part for value in values for part in ("-p", value)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+        except BaseException:  # interrupted: torchrun ends its processes
+            process.terminate()
+            process.wait()
+            raise
     if process.returncode:
         raise RuntimeError(f"training in {processes} processes failed (exit status {process.returncode}): see above")
 
@@ -1802,9 +1853,12 @@ def sample(pipe: ICLEVRPipeline, label_sets, settings: Settings, seed: int = 0, 
 def sample_seeds(pipe: ICLEVRPipeline, label_sets, settings: Settings, processes: int = 0, **overrides) -> torch.Tensor:
     """`sample` for the seeds settings.seed, + 1, ...: (S, N, 3, 64, 64) with S = settings.seeds.
 
-    processes: share the seeds among so many; 0: one for each GPU.
+    processes: share the seeds among so many; 0: one for each GPU that would have at least 2,000 pictures to draw, since
+        a process takes its time to start.
     """
-    count = min(settings.seeds, processes or (torch.cuda.device_count() if settings.device == "cuda" else 1))
+    if not processes and settings.device == "cuda":
+        processes = min(torch.cuda.device_count(), settings.seeds * len(label_sets) // 2000)
+    count = min(settings.seeds, max(1, processes))
     if count == 1:
         return _sample_each(pipe, label_sets, settings, range(settings.seeds), overrides)
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -1812,6 +1866,7 @@ def sample_seeds(pipe: ICLEVRPipeline, label_sets, settings: Settings, processes
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=count, max_restarts=0, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0")  # fmt: skip
     device = pipe.device
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # without the last drawing's numbers
     try:
         parts = elastic_launch(config, _sample_part)(_move(pipe, "cpu"), label_sets, settings, overrides)
     finally:
@@ -2297,13 +2352,14 @@ def _load_or_train(settings, files, folder, reader):
         return Evaluator.load(WEIGHTS / folder, settings.device)
     made_of = ("seed", "evaluator_epochs", "evaluator_scenes", "max_images")
     folder = settings.runs / settings.profile / name_of(folder, {name: getattr(settings, name) for name in made_of})
-    if not (folder / "model.safetensors").is_file():
-        dataset, held_out = ICLEVRDataset(files, "train", settings.max_images), ICLEVRDataset(files, "held-out")
-        crowded = crowded_scenes(settings.evaluator_scenes, seed=1) if settings.evaluator_scenes else None
-        for record in train_evaluator(settings, dataset, folder, held_out, reader, crowded):
-            accuracy = "none here" if record["accuracy"] is None else f"{record['accuracy']:.4f}"
-            print(f"epoch {record['epoch']}/{record['epochs']}  {reader} loss {record['loss']:.4f}, "
-                  f"held-out accuracy {accuracy}  {format_seconds(record['seconds_left'])} left")  # fmt: skip
+    with _alone(folder / "lock"):
+        if not (folder / "model.safetensors").is_file():
+            dataset, held_out = ICLEVRDataset(files, "train", settings.max_images), ICLEVRDataset(files, "held-out")
+            crowded = crowded_scenes(settings.evaluator_scenes, seed=1) if settings.evaluator_scenes else None
+            for record in train_evaluator(settings, dataset, folder, held_out, reader, crowded):
+                accuracy = "none here" if record["accuracy"] is None else f"{record['accuracy']:.4f}"
+                print(f"epoch {record['epoch']}/{record['epochs']}  {reader} loss {record['loss']:.4f}, "
+                      f"held-out accuracy {accuracy}  {format_seconds(record['seconds_left'])} left")  # fmt: skip
     return Evaluator.load(folder, settings.device)
 
 

@@ -5,7 +5,7 @@
     python run_notebooks.py --profile shipped            tiny, quick, shipped, full, or auto (the default)
     python run_notebooks.py --only 04 -p split=test -p guidance_scale=3
     python run_notebooks.py --report                     only the report, from notebooks that ran before
-    python run_notebooks.py --only 03 --sweep preset=tokens,linear-attn seed=0,1,2        every combination
+    python run_notebooks.py --only 06 --sweep preset=tokens,linear-attn seed=0,1,2        every combination
     torchrun --nproc-per-node 8 run_notebooks.py --train -p epochs=50      notebook 03's training, in 8 processes
     LAB6_STUDENT_ID=... LAB6_STUDENT_NAME=... python run_notebooks.py --submission         what the course wants
 
@@ -17,7 +17,8 @@ the report goes to the profile's figures folder. The run stops at the first fail
 A sweep runs the chosen notebooks once for each combination, into sweep/ in that folder, makes no report, and goes on
 past a failing one. Said again, it does what is not done yet; delete a combination's notebook to have it done again.
 It runs on dask: on this machine as many at a time as there are GPUs, or as cores and memory allow (--workers), or on
-the workers of a scheduler (--scheduler), which see the same folders. What a worker did when it died is done again.
+the workers of a scheduler (--scheduler) that see the same folders and have a thread each (dask worker --nthreads 1).
+What a worker did when it died is done again.
 
 Exit status: 0 all ran, 1 a notebook failed, 2 a request that cannot be carried out, 130 interrupted.
 """
@@ -168,6 +169,11 @@ def read_json(path):
         return {}
 
 
+#: What notebooks are told by environment variables, also those that run on other machines.
+PASSED_ON = ("LAB6_DATA", "LAB6_RUNS", "LAB6_FIGURES", "LAB6_HEADLESS", "JUPYTER_PREFER_ENV_PATH", "PYTHONPATH",
+             "PYDEVD_DISABLE_FILE_VALIDATION")  # fmt: skip
+
+
 def set_environment():
     """What the kernels inherit: this interpreter, lab6_utils importable, no progress bars, absolute paths."""
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # else a kernel of the user's named "python3" comes first
@@ -246,12 +252,16 @@ def run_all(jobs, folder, facts, timeout=None):
         record(folder, name, "ok", time.monotonic() - start, parameters, **facts)
 
 
-def run_job(path, final, parameters, timeout, gpus):
-    """What a worker of a sweep does: one notebook. Returns the seconds it took and why it failed, or None."""
+def run_job(path, final, parameters, timeout, environment, gpus):
+    """What a worker of a sweep does: one notebook. Returns the seconds it took and why it failed, or None.
+
+    environment: variables that the notebook is to see; gpus: ids of this machine's, of which a worker has one.
+    """
     from distributed import get_worker
 
+    os.environ.update(environment)
     if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(get_worker().name % gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[get_worker().name % len(gpus)]
     start, failure = time.monotonic(), None
     print(f"{final.stem:28}running", flush=True)
     try:
@@ -269,21 +279,25 @@ def open_cluster(scheduler, workers):
     if scheduler:
         try:
             client = Client(scheduler, timeout=10)
-        except (OSError, ValueError) as error:
-            raise Refused(f"--scheduler {scheduler}: no dask scheduler answers there ({error})") from None
+            client.wait_for_workers(1, timeout=60)
+        except (OSError, ValueError) as error:  # a time-out is an OSError
+            raise Refused(f"--scheduler {scheduler}: no dask scheduler with workers answers there ({error})") from None
         with client:
+            if any(worker["nthreads"] > 1 for worker in client.scheduler_info(n_workers=-1)["workers"].values()):
+                raise Refused(f"--scheduler {scheduler}: start its workers with --nthreads 1, a notebook each")
             yield client
         return
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))  # of each, or they would fight
+    threads = str(max(1, os.cpu_count() // workers))  # of each, or they would fight
+    names = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS") if name not in os.environ]
+    os.environ.update(dict.fromkeys(names, threads))
     try:
         # The notebooks' memory is that of their kernels, which dask does not see.
-        options = dict(threads_per_worker=1, memory_limit=0, dashboard_address=":0")
+        options = dict(threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0")
         with LocalCluster(n_workers=workers, **options) as cluster, Client(cluster) as client:
             yield client
     finally:
-        if threads is None:
-            del os.environ["OMP_NUM_THREADS"]
+        for name in names:
+            del os.environ[name]
 
 
 def how_many(gpus):
@@ -313,13 +327,16 @@ def run_sweep(jobs, folder, facts, timeout=None, scheduler=None, workers=None):
             del left[name]
     if not left:
         return
-    gpus = 0 if scheduler else torch.cuda.device_count()
+    gpus = [] if scheduler else [str(i) for i in range(torch.cuda.device_count())]
+    if gpus and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     failed = []
-    with open_cluster(scheduler, min(len(left), workers or how_many(gpus))) as client:
+    with open_cluster(scheduler, min(len(left), workers or how_many(len(gpus)))) as client:
         doing = {}
         for name, (path, parameters) in left.items():
             target = folder / f"{name}.ipynb"
-            doing[client.submit(run_job, path, target, parameters, timeout, gpus, pure=False)] = name
+            doing[client.submit(run_job, path, target, parameters, timeout, environment, gpus, pure=False)] = name
         for number, future in enumerate(as_completed(doing), 1):
             name = doing[future]
             try:
@@ -342,20 +359,21 @@ def train(settings, resume):
 
     import lab6_utils
 
-    state = PartialState(cpu=settings.device == "cpu")
+    # The others wait while the first renders scenes or trains the autoencoder: longer than the usual ten minutes.
+    state = PartialState(cpu=settings.device == "cpu", timeout=datetime.timedelta(hours=12))
     folder = lab6_utils.run_folder(settings)
-    with state.main_process_first():  # the others find the cache
-        dataset = lab6_utils.training_set(settings, lab6_utils.find_data(settings.rendered_scenes))
-    if state.is_main_process:
-        print(f"progress: {len(dataset)} images, {state.num_processes} processes, {folder}", flush=True)
-        for epoch in lab6_utils.train_autoencoder(settings, dataset, folder):
-            print(epoch, flush=True)
-    state.wait_for_everyone()
     try:
+        with state.main_process_first():  # the others find the cache
+            dataset = lab6_utils.training_set(settings, lab6_utils.find_data(settings.rendered_scenes))
+        if state.is_main_process:
+            print(f"progress: {len(dataset)} images, {state.num_processes} processes, {folder}", flush=True)
+            for epoch in lab6_utils.train_autoencoder(settings, dataset, folder):
+                print(epoch, flush=True)
+        state.wait_for_everyone()
         for epoch in lab6_utils.train(settings, dataset, folder, resume):
             if state.is_main_process:
                 print(epoch, flush=True)
-    except ValueError as error:  # such as a checkpoint of other settings
+    except (OSError, ValueError, RuntimeError) as error:  # no data, or a checkpoint of other settings
         raise Refused(error) from None
 
 
@@ -593,7 +611,7 @@ def main(argv=None, notebooks=NOTEBOOKS):
     parser.add_argument("--submission", action="store_true", help="run nothing, make the course's zip and pth")
     parser.add_argument("--no-report", action="store_true", help="run notebooks, make no report")
     args = parser.parse_args(argv)
-    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes on a machine one speaks
     for number in (signal.SIGINT, signal.SIGTERM):  # both shut the kernels down; a shell may have had SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     set_environment()
@@ -601,8 +619,8 @@ def main(argv=None, notebooks=NOTEBOOKS):
         if args.train and (args.only or args.sweep):
             raise Refused("--train trains what notebook 03 would: it goes without --only and --sweep")
         fits = args.sweep and (args.workers is None or args.workers > 0)
-        if (args.workers is not None or args.scheduler) and not fits:
-            raise Refused("--workers N (1 or more) and --scheduler ADDRESS go with --sweep")
+        if (args.workers is not None or args.scheduler) and (not fits or (args.workers and args.scheduler)):
+            raise Refused("--workers N (1 or more) or --scheduler ADDRESS goes with --sweep")
         chosen = choose_notebooks(notebooks, "03" if args.train else args.only)
         jobs = {}
         for combination in combine(args.sweep or []):

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,6 +26,23 @@ def test_the_baseline_reads_the_same_images(data, tmp_path):
         assert torch.equal(labels, same)
     large = speed.unpacked(files, tmp_path / "large", 2, (320, 240))
     assert speed.Image.open(next(large.images.iterdir())).size == (320, 240)
+
+
+def test_the_baseline_reads_its_files_in_every_epoch(data, tmp_path, monkeypatch):
+    plain = speed.unpacked(lab.read_data(data), tmp_path / "plain", 4)
+    opened, read = [], speed.Image.open
+    monkeypatch.setattr(speed.Image, "open", lambda file: opened.append(file.name) or read(file))
+    batches = speed.every_epoch(torch.utils.data.DataLoader(speed.EveryTime(plain), 2))
+    for _ in range(4):
+        next(batches)
+    assert sorted(opened) == sorted([file.name for file in plain.images.iterdir()] * 2)
+
+
+def test_memory_is_that_of_the_process_itself():
+    mine = torch.ones(100_000_000)  # 0.4 GB, which a child would be charged with
+    code = f"import sys; sys.path.insert(0, {str(lab.ROOT / 'benchmarks')!r}); import speed; print(speed.peak_memory())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.1 < float(child.stdout) < speed.peak_memory() - 0.2 and mine.sum() > 0
 
 
 def test_both_train(data):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -84,14 +85,24 @@ def test_a_notebook_trains_in_processes(runs, tmp_path, monkeypatch, capsys):
     assert "batch_size=8 cannot be split evenly over 3 processes" in capsys.readouterr().out
 
 
+def test_a_second_training_of_a_run_waits_for_the_first(train, tmp_path):
+    """Two at a time in one folder, as a sweep may ask for: the second finds the run whole."""
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda _: train(1, tmp_path / "run", "-p", "resume=yes"), range(2)))
+    assert [done.returncode for done in both] == [0, 0], [done.stderr for done in both]
+    written = [line.split()[1] for line in (tmp_path / "run" / "written").read_text().splitlines()]
+    assert written.count("checkpoint.pt") == 2, "each epoch was trained once"
+
+
 @pytest.mark.parametrize("guidance", ["classifier-free", "classifier-2"])
-def test_seeds_are_shared_among_processes(guidance):
+def test_seeds_are_shared_among_processes(guidance, monkeypatch):
     settings = lab.make_settings("tiny", device="cpu", precision="fp32", seeds=3, guidance=guidance, seed=5)
     pipe = lab.ICLEVRPipeline(lab.make_denoiser(settings), lab.make_scheduler(settings))
     pipe.scheduler = lab.make_sampler("ddpm", pipe.scheduler)
     pipe.classifier = lab.Evaluator(lab._make_reader("judge"), "judge")
     sets = [["red cube"], ["blue sphere", "gray cube"]]
     expected = lab.sample_seeds(pipe, sets, settings)
+    monkeypatch.setattr(lab, "_sample_each", lambda *arguments: pytest.fail("drawn in this process"))
     found = lab.sample_seeds(pipe, sets, settings, processes=2)
     assert found.shape == (3, 2, 3, 64, 64)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -109,6 +109,7 @@ def test_parameters_go_to_the_notebooks_that_have_them(folder):
         ["--sweep", "seed"],
         ["--workers", "2"],
         ["--sweep", "seed=0", "--workers", "0"],
+        ["--sweep", "seed=0", "--workers", "1", "--scheduler", "tcp://127.0.0.1:9"],
         ["--train", "--only", "01"],
     ],
 )
@@ -228,16 +229,23 @@ def test_what_a_worker_did_when_it_died_is_done_again(folder):
     assert {name: entry["state"] for name, entry in entries.items()} == {f"01_a,seed={i}": "ok" for i in range(3)}
 
 
-def test_a_sweep_on_the_workers_of_a_scheduler(folder, capsys):
+def test_a_sweep_on_the_workers_of_a_scheduler(folder, capsys, monkeypatch):
     from distributed import LocalCluster
 
-    write_notebook(folder / "01_a.ipynb", "open(f'ran {seed}', 'w')")
+    write_notebook(folder / "01_a.ipynb", "import os\nopen(f'ran {seed}', 'w').write(os.environ.get('LAB6_RUNS', ''))")
     assert run(folder, "--sweep", "seed=0", "--scheduler", "tcp://127.0.0.1:9") == 2
-    assert "no dask scheduler answers there" in capsys.readouterr().err
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+    assert "no dask scheduler with workers answers there" in capsys.readouterr().err
+    options = dict(n_workers=1, dashboard_address="127.0.0.1:0")
+    with LocalCluster(threads_per_worker=2, **options) as cluster:
+        assert run(folder, "--sweep", "seed=0", "--scheduler", cluster.scheduler_address) == 2
+        assert "--nthreads 1" in capsys.readouterr().err
+    with monkeypatch.context() as elsewhere:  # workers that were started with other variables
+        elsewhere.delenv("LAB6_RUNS")
+        cluster = LocalCluster(threads_per_worker=1, **options)
+    with cluster:
         assert run(folder, "--sweep", "seed=0,1", "--scheduler", cluster.scheduler_address) == 0
         assert len(cluster.scheduler_info["workers"]) == 1, "the cluster is its owner's to close"
-    assert (folder / "ran 0").exists() and (folder / "ran 1").exists()
+    assert [(folder / f"ran {i}").read_text() for i in (0, 1)] == [str(folder.parent / "LAB6_RUNS")] * 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -267,7 +275,8 @@ def test_make_experiments_asks_for_what_can_be(folder, monkeypatch):
     listed = subprocess.run(["make", "-n", "experiments"], cwd=run_notebooks.ROOT, capture_output=True, text=True)
     lines = [line for line in listed.stdout.replace("\\\n", "").splitlines() if "run_notebooks.py" in line]
     asked = []
-    monkeypatch.setattr(run_notebooks, "run_all", lambda jobs, *rest: asked.extend(jobs.values()))
+    for runner in ("run_all", "run_sweep"):
+        monkeypatch.setattr(run_notebooks, runner, lambda jobs, *rest: asked.extend(jobs.values()))
     monkeypatch.setattr(run_notebooks, "report", lambda *arguments: None)
     for line in lines:
         assert run_notebooks.main(shlex.split(line.partition("run_notebooks.py")[2])) == 0, line
