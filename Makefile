@@ -1,6 +1,6 @@
 # make report   run the notebooks, then write report.html and report.pdf   [PROFILE=quick|shipped|full] [ARGS="--only 04"]
 # make test     run the tests                                               [ARGS="-k schedules"]
-# make bench    how fast everything is, beside the same work as the reports do it: about eight minutes   [ARGS="--only data"]
+# make bench    how fast everything is, beside the same work as the reports do it: about ten minutes   [ARGS="--only data"]
 # make experiments   the trainings that notebook 06 compares: hours on a CPU; goes on where it was stopped
 # make submission STUDENT_ID=... NAME=...   what the course wants, from the report made last: zip and weights
 # make lab      JupyterLab on the notebooks

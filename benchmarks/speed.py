@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast the workbook is, and how fast the same work is when done as the four reports describe theirs.
 
-    python benchmarks/speed.py                  everything; about eight minutes on two cores        (make bench)
+    python benchmarks/speed.py                  everything; about ten minutes on two cores        (make bench)
     python benchmarks/speed.py --only sampling  one part: data, training, sampling, memory or growth
     python benchmarks/speed.py --table          measure nothing, print what benchmarks/results.json holds
 
@@ -188,7 +188,7 @@ def measure_sampling(settings):
             t = scheduler.timesteps[i]
             state[0] = scheduler.step(network(state[0], t, labels[:at_once]), t, state[0]).prev_sample
 
-        theirs = seconds_each(step, steps if at_once == 1 else 10, device, 3) * 64 // at_once * 1000
+        theirs = seconds_each(step, steps if at_once == 1 else 10, device, 3) * (64 // at_once) * 1000
         more = dict(extrapolated=f"from {steps if at_once == 1 else 10} of {64_000 // at_once:,} steps")
         how = "one by one" if at_once == 1 else "all at once"
         yield f"64 pictures by tokens; baseline: {preset}, 1000 steps, {how}", ours, theirs, "s", more

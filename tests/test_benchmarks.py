@@ -1,6 +1,7 @@
 """benchmarks/speed.py: both sides of a row do the same work, and README shows what was measured."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -58,3 +59,12 @@ def test_both_train(data):
 @pytest.mark.parametrize("unit, ours, baseline", [("images/s", 10, 5), ("s", 5, 10), ("GB", 1, 2), ("%", 1, 2)])
 def test_twice_as_good(unit, ours, baseline):
     assert speed.better(dict(ours=ours, baseline=baseline, unit=unit)) == 2
+
+
+def test_readme_shows_what_was_measured():
+    results = json.loads(speed.RESULTS.read_text(encoding="utf-8"))
+    readme = (lab.ROOT / "README.md").read_text(encoding="utf-8")
+    assert speed.table(results) in readme, "README's table is not the one of benchmarks/results.json"
+    for row in results.values():
+        assert set(speed.COLUMNS) <= set(row)
+        assert row["baseline"] is None or row["ratio"] == pytest.approx(speed.better(row), rel=1e-2)
