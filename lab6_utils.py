@@ -349,10 +349,9 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
     if values.get("label_dropout") == 0 and "guidance" not in overrides:
         values["guidance"] = "none"  # the default one needs a network that has learnt to do without labels
     for name, value in values.items():
-        if isinstance(value, list | tuple):
-            values[name] = tuple(float(v) if name == "guidance_interval" and type(v) is int else v for v in value)
-        elif _TYPES[name] is float and type(value) is int:
-            values[name] = float(value)
+        wanted = (*typing.get_args(_TYPES[name]), _TYPES[name])[0]  # of a tuple: the type of its items
+        exact = lambda v, wanted=wanted: float(v) if wanted is float and type(v) is int else v
+        values[name] = tuple(map(exact, value)) if isinstance(value, list | tuple) else exact(value)
     return Settings(**values)
 
 
@@ -1524,6 +1523,11 @@ def count_processes(settings: Settings, dataset: ICLEVRDataset) -> int:
     """How many processes `train` can use here: one a GPU, as far as they divide a batch; at least 1."""
     gpus = torch.cuda.device_count() if settings.device == "cuda" else 1
     return max(n for n in range(1, max(1, gpus) + 1) if min(settings.batch_size, len(dataset)) % n == 0)
+
+
+def goes_on(settings: Settings, resume: str) -> bool:
+    """What notebook 03's `resume` (yes, no or auto) means: auto goes on in the full profile only."""
+    return resume == "yes" or (resume == "auto" and settings.profile == "full")
 
 
 def train_in_processes(settings: Settings, processes: int, resume: bool = False):

@@ -635,23 +635,21 @@ def main(argv=None, notebooks=NOTEBOOKS):
 
         try:
             settings = lab6_utils.make_settings(args.profile)
+            settings_with = lambda given: lab6_utils.make_settings(
+                args.profile, **{name: value for name, value in given.items() if name in vars(settings)}
+            )
             for _, parameters in jobs.values():  # a value that cannot be is refused now, not in the notebook
-                named = {k: v for k, v in parameters.items() if k in vars(settings)}
-                lab6_utils.make_settings(args.profile, **named)
+                settings_with(parameters)
                 lab6_utils.choose_splits(parameters.get("split", "both"))
         except ValueError as error:
             raise Refused(error) from None
         if args.train:
             (_, given), *_ = jobs.values()
-            named = {k: v for k, v in given.items() if k in vars(settings)}
-            resume = given.get("resume", "auto")
-            go_on = resume == "yes" or (resume == "auto" and settings.profile == "full")
-            train(lab6_utils.make_settings(args.profile, **named), go_on)
+            train(settings_with(given), lab6_utils.goes_on(settings, given.get("resume", "auto")))
             return 0
         if args.submission:  # of the system that notebook 04 would draw with
             _, given = jobs.get("04_sampling_and_guidance", (None, {}))
-            named = {k: v for k, v in given.items() if k in vars(settings)}
-            submission(lab6_utils.make_settings(args.profile, **named), given.get("weights", "auto"), notebooks)
+            submission(settings_with(given), given.get("weights", "auto"), notebooks)
             return 0
         if not args.report:
             folder = settings.runs / "notebooks" / settings.profile / ("sweep" if args.sweep else "")

@@ -7,7 +7,8 @@
 
 Each row goes into benchmarks/results.json under its name and kind of device, in place of the one measured there before:
 {name: {ours, baseline, ratio, unit, device, date}}. Where `extrapolated` stands, the baseline was timed for a part
-of its steps and scaled up. Both sides of a row run in one process, one after the other, on an otherwise idle machine.
+of its steps and scaled up. Both sides of a row run one after the other on an otherwise idle machine, in one process or,
+where memory is measured, in one each.
 
 The baseline is how the reports and the course's own examples go about it: each PNG is read and resized when its turn
 comes, in every epoch; single precision, default memory format, Adam, loss.item() at every step; pictures are drawn one
@@ -73,7 +74,7 @@ def images_per_second_read(files, count=1000):
     """Of the baseline's dataset, in one process."""
     dataset = EveryTime(files)
     order = torch.randperm(len(dataset))[: min(count, len(dataset))].tolist()
-    return 1 / seconds_each(lambda i: dataset[order[i % len(order)]], len(order) - 1)
+    return 1 / seconds_each(lambda i: dataset[order[i]], len(order) - 1)
 
 
 def unpacked(files, folder, count=None, size=None):
@@ -174,13 +175,12 @@ def measure_sampling(settings):
     labels = lab.encode_labels(sets).to(device)
     pipe = lab.load_pipeline(settings, "shipped")
     ours = seconds_each(lambda i: lab.sample(pipe, sets, settings, i), 1, device)
-    steps = 60
     networks = {name: lab.make_denoiser(lab.make_settings("full", preset=name, device=device)).eval()
                 for name in ("linear-512", "linear-512-six", "tokens")}  # fmt: skip
     scheduler = lab.DDPMScheduler(1000, beta_schedule="linear")
     scheduler.set_timesteps(1000)
     scheduler.timesteps = scheduler.timesteps.to(device)
-    for preset, at_once in (("linear-512", 1), ("tokens", 1), ("tokens", 64)):
+    for preset, at_once, steps in (("linear-512", 1, 60), ("tokens", 1, 60), ("tokens", 64, 10)):
         network = networks[preset].to(memory_format=torch.contiguous_format)
         state = [torch.randn(at_once, 3, 64, 64, device=device)]
 
@@ -188,8 +188,8 @@ def measure_sampling(settings):
             t = scheduler.timesteps[i]
             state[0] = scheduler.step(network(state[0], t, labels[:at_once]), t, state[0]).prev_sample
 
-        theirs = seconds_each(step, steps if at_once == 1 else 10, device, 3) * (64 // at_once) * 1000
-        more = dict(extrapolated=f"from {steps if at_once == 1 else 10} of {64_000 // at_once:,} steps")
+        theirs = seconds_each(step, steps, device, 3) * (64 // at_once) * 1000
+        more = dict(extrapolated=f"from {steps} of {64_000 // at_once:,} steps")
         how = "one by one" if at_once == 1 else "all at once"
         yield f"64 pictures by tokens; baseline: {preset}, 1000 steps, {how}", ours, theirs, "s", more
     x_t = torch.randn(16, 3, 64, 64, device=device)

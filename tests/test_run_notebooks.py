@@ -16,6 +16,8 @@ import lab6_utils
 import run_notebooks
 from run_notebooks import Refused, check_parameters, choose_notebooks, parse_value
 
+#: run_notebooks.py on a folder of notebooks, for a process of its own.
+PROGRAM = "import pathlib, run_notebooks as r, sys; sys.exit(r.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
 PARAMETERS = 'profile = "auto"\nseed = 0\n'
 
 
@@ -205,8 +207,7 @@ def test_what_a_worker_did_when_it_died_is_done_again(folder):
     write_notebook(folder / "01_a.ipynb", *cells)
     starts = lambda: [line.split() for line in (folder / "starts").read_text().splitlines()]
     asked = ["--profile", "tiny", "--sweep", "seed=0,1,2", "--workers", "2"]
-    program = "import pathlib, run_notebooks as r, sys; sys.exit(r.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
-    process = subprocess.Popen([sys.executable, "-c", program, str(folder), *asked], cwd=run_notebooks.ROOT)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), *asked], cwd=run_notebooks.ROOT)
     try:
         for _ in range(600):
             time.sleep(0.2)
@@ -252,8 +253,7 @@ def test_a_sweep_on_the_workers_of_a_scheduler(folder, capsys, monkeypatch):
 def test_interruption(folder, number):
     cell = "import os, time\nprint('progress', os.getpid(), flush=True)\ntime.sleep(60)"
     write_notebook(folder / "01_a.ipynb", cell)
-    program = "import pathlib, run_notebooks as r, sys; sys.exit(r.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
-    command = [sys.executable, "-c", program, str(folder), "--profile", "tiny", "--no-report"]
+    command = [sys.executable, "-c", PROGRAM, str(folder), "--profile", "tiny", "--no-report"]
     process = subprocess.Popen(command, cwd=run_notebooks.ROOT, stdout=subprocess.PIPE, text=True)
     kernel = next(int(line.split()[1]) for line in process.stdout if "progress" in line)
     process.send_signal(number)
