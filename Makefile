@@ -43,6 +43,11 @@ experiments: .venv/installed
 	$(EXPERIMENT) $(SMALL) epochs=4 conditioning=tokens,multi-hot
 	$(EXPERIMENT) $(SMALL) epochs=4 conditioning=linear 'attention=["none","none","none"]'
 	$(EXPERIMENT) $(SMALL) epochs=8 leave_out=unseen,random
+	$(EXPERIMENT) $(SMALL) ema_decay=0
+	$(EXPERIMENT) $(SMALL) flip=true
+	$(EXPERIMENT) $(SMALL) scale_shift=false
+	$(EXPERIMENT) $(SMALL) label_dropout=0
+	$(EXPERIMENT) $(SMALL) guidance=none
 	$(EXPERIMENT) channels=[16,24,32] norm_groups=8
 	$(EXPERIMENT) channels=[48,64,96]
 	$(BIN)/python run_notebooks.py --profile shipped --only 06 -p score=false \

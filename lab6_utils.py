@@ -62,6 +62,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D
 from diffusers.utils import BaseOutput
 from diffusers.utils import logging as diffusers_logging
@@ -110,6 +111,8 @@ def _shrink(preset, profile):
     """What a profile changes of a preset: in quick and shipped the reports' networks train a little as they are."""
     if preset == "tokens":
         return SMALL_TOKENS[profile]
+    if preset == "few-step":  # begins with the weights of its teacher, which ships, and so is of its size
+        return {"full": {}, "tiny": dict(max_images=16)}.get(profile, dict(epochs=4, max_images=128))
     if profile == "tiny":
         channels = tuple(max(8, c // 128 * 8) for c in PRESETS[preset]["channels"])
         return dict(channels=channels, layers_per_block=1, norm_groups=8, head_dim=8, warmup_steps=0,
@@ -171,6 +174,9 @@ class Settings:
     label_dropout: float = 0.1  # share of labels replaced by the null condition; 0: no guidance possible
     ema_decay: float = 0.999
     flip: bool = False  # mirror half of the images
+    teacher: str = ""  # distillation: whose pictures are learnt, a preset that ships or a pipeline's folder
+    student_steps: int = 0  # in which a student does what its teacher takes more for; 0: no student
+    teacher_steps: int = 3  # how many of the teacher's steps, guided, one of the student's replaces
     keep: str = "last"  # whose weights the pipeline has: of the last epoch or the best; every: and one each keep_every
     keep_every: int = 10
     max_images: int = 0  # train on the first so many images; 0: all
@@ -198,7 +204,8 @@ class Settings:
             for value in values if isinstance(values, tuple) else (values,):
                 if value not in allowed:
                     raise ValueError(f"{name}={value!r}: choose from {', '.join(map(str, allowed))}")
-        zero_says_something = ("seed", "warmup_steps", "max_images", "evaluation_sets", "evaluator_scenes")
+        zero_says_something = ("seed", "warmup_steps", "max_images", "evaluation_sets", "evaluator_scenes",
+                               "student_steps")  # fmt: skip
         for name, type_ in _TYPES.items():
             may_be_zero = type_ is float or name in zero_says_something
             if type_ in (int, float) and getattr(self, name) < (0 if may_be_zero else 1):
@@ -233,7 +240,16 @@ class Settings:
             raise ValueError(f"guidance_interval={self.guidance_interval}: give its lower and upper end, from 0 to 1")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout={self.label_dropout}: must be in [0, 1)")
-        if self.label_dropout == 0 and guidance_kind(self) in ("classifier-free", "composition"):
+        if bool(self.teacher) != bool(self.student_steps):
+            raise ValueError(f"teacher={self.teacher!r}, student_steps={self.student_steps}: a student needs both")
+        if self.teacher and (self.space != "pixels" or not CONDITIONINGS[self.conditioning].gives_tokens):
+            raise ValueError(f"teacher={self.teacher!r}: only a network of pixels that attends to tokens can be told "
+                             "of the scale; use space='pixels' and conditioning='tokens'")  # fmt: skip
+        if self.student_steps and self.num_train_timesteps % self.student_steps:
+            raise ValueError(f"student_steps={self.student_steps}: must divide num_train_timesteps="
+                             f"{self.num_train_timesteps}")  # fmt: skip
+        free = () if self.teacher else ("classifier-free",)
+        if self.label_dropout == 0 and guidance_kind(self) in (*free, "composition"):
             raise ValueError(
                 f"label_dropout=0 with guidance={self.guidance!r}: it needs a network that has also learnt to draw "
                 "without labels; use label_dropout=0.1, or another guidance"
@@ -346,7 +362,7 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
         values["precision"] = "bf16" if _computes_bf16(values["device"]) else "fp32"
     if values.get("steps") == 0:
         values["steps"] = values.get("num_train_timesteps", Settings.num_train_timesteps)
-    if values.get("label_dropout") == 0 and "guidance" not in overrides:
+    if values.get("label_dropout") == 0 and "guidance" not in overrides and not values.get("teacher"):
         values["guidance"] = "none"  # the default one needs a network that has learnt to do without labels
     for name, value in values.items():
         wanted = (*typing.get_args(_TYPES[name]), _TYPES[name])[0]  # of a tuple: the type of its items
@@ -854,7 +870,7 @@ def make_scheduler(settings: Settings) -> DDPMScheduler:
         prediction_type=settings.prediction,
         rescale_betas_zero_snr=settings.zero_snr,
         timestep_spacing="trailing",
-        clip_sample=settings.space == "pixels",
+        clip_sample=settings.space == "pixels" and not settings.student_steps,  # x_0 of a long step is no picture
     )
 
 
@@ -898,6 +914,9 @@ _REPORT = dict(patch=1, head_dim=8, norm_groups=32, scale_shift=False, layers_pe
 PRESETS = {
     # Ours: one token per object into cross-attention, their pooled embedding into the time embedding.
     "tokens": dict(),
+    # A student of tokens: the scale is an input, and four DDIM steps do what eight guided ones of its teacher do.
+    "few-step": dict(teacher="tokens", student_steps=4, sampler="ddim", steps=4, label_dropout=0.0,
+                     learning_rate=2e-4, decay_fraction=1.0),
     # Ours in the latents of an autoencoder (4 x 16 x 16), which is trained first.
     "latent": dict(space="latents", patch=1, channels=(96, 144, 192), attention=("none", "cross", "cross")),
     # Report A. Assumed: widths, two layers a block, attention in the middle block, linear schedule, Dropout(0.1). It
@@ -1019,6 +1038,9 @@ CONDITIONINGS = {
 }  # fmt: skip
 
 
+GUIDANCE_EMBEDDING = 64  # width of what a network with guidance_input is told of s
+
+
 class Denoiser(ModelMixin, ConfigMixin):
     """A U-Net of diffusers and its label conditioning: (x_t, t, labels) -> eps, v or x_0.
 
@@ -1041,6 +1063,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         conditioning: str = "tokens",
         token_dim: int = 128,
         null_condition: bool = True,
+        guidance_input: bool = False,
         image_channels: int = 3,
         image_size: int = 64,
     ):
@@ -1064,7 +1087,10 @@ class Denoiser(ModelMixin, ConfigMixin):
             # themselves take it for the heads' width, and so are set right after.
             heads = tuple(max(1, c // head_dim) for c in channels)
             width = len(OBJECTS) if conditioning == "multi-hot" else token_dim
-            self.unet = UNet2DConditionModel(cross_attention_dim=width, attention_head_dim=heads, **shared)
+            scale = dict(time_cond_proj_dim=GUIDANCE_EMBEDDING) if guidance_input else {}
+            self.unet = UNet2DConditionModel(cross_attention_dim=width, attention_head_dim=heads, **shared, **scale)
+            if guidance_input:
+                nn.init.zeros_(self.unet.time_embedding.cond_proj.weight)  # a student begins as its teacher
             for block in (*self.unet.down_blocks, *self.unet.up_blocks):
                 for layer in block.attentions if isinstance(block, AttnDownBlock2D | AttnUpBlock2D) else ():
                     layer.heads = max(1, layer.inner_dim // head_dim)
@@ -1072,12 +1098,14 @@ class Denoiser(ModelMixin, ConfigMixin):
         else:
             self.unet = UNet2DModel(attention_head_dim=head_dim, **shared)
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, null: torch.Tensor | None = None):
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, null: torch.Tensor | None = None,
+                scale: torch.Tensor | float = 1.0):  # fmt: skip
         """Predict what `prediction` names.
 
         Args:
             x_t: (B, 3, 64, 64); t: (B,) or () integers; labels: (B, 24) multi-hot.
             null: (B,) bool, True where the labels are to be ignored; default nowhere.
+            scale: s of classifier-free guidance, (B,) or one for all, for a network with guidance_input.
 
         Returns:
             (B, 3, 64, 64)
@@ -1095,6 +1123,9 @@ class Denoiser(ModelMixin, ConfigMixin):
         if tokens is not None and tokens.shape[1] > 3:  # slots for a fuller set of the batch: hidden from the others
             slots = torch.arange(tokens.shape[1], device=labels.device)
             extra["encoder_attention_mask"] = slots < labels.sum(1, keepdim=True).clamp(min=3)
+        if self.config.guidance_input:
+            scale = torch.as_tensor(scale, device=x.device).expand(len(x))
+            extra["timestep_cond"] = get_timestep_embedding(100 * scale, GUIDANCE_EMBEDDING).to(x.dtype)
         return F.pixel_shuffle(self.unet(x, t, class_labels=pooled, **extra).sample, self.config.patch)
 
 
@@ -1107,10 +1138,24 @@ def make_denoiser(settings: Settings, device: str | None = None) -> Denoiser:
         denoiser = Denoiser(
             **{n: getattr(settings, n) for n in names},
             null_condition=settings.label_dropout > 0,
+            guidance_input=settings.student_steps > 0,
             image_channels=3 if settings.space == "pixels" else settings.latent_channels,
             image_size=settings.image_size,
         )
     return denoiser.to(device or settings.device, memory_format=torch.channels_last)
+
+
+def count_flops(settings: Settings) -> int:
+    """Floating-point operations of the network of `settings` in one pass forward over one picture, as torch's
+    FlopCounterMode counts them: matrix products, convolutions and attention. A step of training takes three times as
+    many for each picture."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    denoiser, size = make_denoiser(settings, "cpu"), settings.image_size
+    channels = denoiser.config.image_channels
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        denoiser(torch.zeros(1, channels, size, size), torch.tensor(0), encode_labels(MANUAL_SET))
+    return counter.get_total_flops()
 
 
 def describe_denoiser(denoiser: Denoiser) -> list[dict]:
@@ -1297,26 +1342,31 @@ def loss_weights(settings: Settings, alpha_bar: torch.Tensor) -> torch.Tensor:
     return ratio.clamp(max=settings.min_snr_gamma) / by
 
 
-def training_batch(settings: Settings, dataset: ICLEVRDataset, scheduler, step: int, part=(0, 1)):
+def training_batch(settings: Settings, dataset, scheduler, step: int, part=(0, 1)):
     """Everything random of training step `step`, from (seed, step) alone, so that resuming changes nothing.
 
     Args:
+        dataset: ICLEVRDataset, LatentDataset or, for a student, TeacherPaths.
         part: (rank, number of processes): which slice of the global batch to return.
 
     Returns:
-        dict: x_0, eps, x_t, target (B, 3, 64, 64); t (B,); labels (B, 24); null (B,) bool.
+        dict: x_0, eps, x_t, target (B, 3, 64, 64); t (B,); labels (B, 24); null (B,) bool; scale (B,), for a student.
     """
     size, device = min(settings.batch_size, len(dataset)), settings.device
     epoch, position = divmod(step, len(dataset) // size)
     order = torch.randperm(len(dataset), generator=make_generator(settings.seed, 0, epoch))
     rows = order[position * size : (position + 1) * size]
     g = make_generator(settings.seed, 1, step, device=device)
-    x_0 = dataset.draw(rows, g)
+    taught = isinstance(dataset, TeacherPaths)
+    x_0 = dataset.draw(rows, g) if not taught else None
     # One random offset spreads the times evenly over the batch: less noise in the loss (Kingma et al. 2021, app. I).
     spread = (torch.arange(size, device=device) + torch.rand((), generator=g, device=device)) / size
     t = (spread * settings.num_train_timesteps).long().clamp(max=settings.num_train_timesteps - 1)
     t = t[torch.randperm(size, generator=g, device=device)]
-    eps = torch.randn(x_0.shape, generator=g, device=device)
+    if taught:
+        x_0, eps, t, scale = dataset.step_from(rows, t, scheduler)
+    else:
+        eps, scale = torch.randn(x_0.shape, generator=g, device=device), torch.ones(size, device=device)
     null = torch.rand(size, generator=g, device=device) < settings.label_dropout
     mirrored = torch.rand(size, generator=g, device=device) < 0.5 * settings.flip
     x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
@@ -1326,9 +1376,91 @@ def training_batch(settings: Settings, dataset: ICLEVRDataset, scheduler, step: 
         "sample": lambda: x_0,
     }[settings.prediction]()
     batch = dict(x_0=x_0, eps=eps, x_t=scheduler.add_noise(x_0, eps, t), target=target, t=t,
-                 labels=dataset.labels[rows].to(device), null=null)  # fmt: skip
+                 labels=dataset.labels[rows].to(device), null=null, scale=scale)  # fmt: skip
     rank, count = part
     return {k: v.chunk(count)[rank] for k, v in batch.items()}
+
+
+#: Students are trained with scales from 0 to this.
+MOST_GUIDANCE = 6.0
+
+
+class TeacherPaths:
+    """What a student is trained on: for the labels of each training image the states x_t through which its teacher
+    goes from noise to a picture, guided by some s, and without chance (Salimans & Ho 2022; Meng et al. 2023).
+
+    They are drawn once, into `folder`, some at a time, so that a drawing that was stopped goes on.
+
+    Attributes:
+        states: (N, student_steps + 1, 3, 64, 64) float16, where each of the student's steps begins and ends.
+        scales: (N,), the s of each path, the same for some.
+        labels: (N, 24).
+    """
+
+    at_a_time = 64
+
+    def __init__(self, settings: Settings, dataset: ICLEVRDataset, teacher: ICLEVRPipeline, folder: Path):
+        from safetensors.torch import load_file, save_file
+
+        self.split, self.labels, self.steps = dataset.split, dataset.labels, settings.student_steps
+        parts, scales, start = [], [], time.perf_counter()
+        chunks = torch.arange(len(dataset)).split(self.at_a_time)
+        for number, rows in enumerate(progress(chunks, "the teacher draws")):
+            file = folder / f"{number:04d}.safetensors"
+            if not file.exists():
+                part = self._draw(settings, teacher, self.labels[rows], number)
+                _write_atomically(file, lambda temporary, part=part: save_file(part, temporary))
+                if number % 16 == 15:
+                    left = (time.perf_counter() - start) / (number + 1) * (len(chunks) - number - 1)
+                    done = f"{number + 1} of {len(chunks)} parts"
+                    print(f"progress: the teacher drew {done}, {format_seconds(left)} left", flush=True)
+            part = load_file(file)
+            parts.append(part["states"])
+            scales.append(part["scale"].expand(len(rows)))
+        self.states, self.scales = torch.cat(parts).to(settings.device), torch.cat(scales).to(settings.device)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def _draw(self, settings, teacher, labels, number):
+        generators = [make_generator(settings.seed, 4, number, i) for i in range(len(labels))]
+        scale = MOST_GUIDANCE * torch.rand(1, generator=make_generator(settings.seed, 5, number))
+        with autocast(settings):
+            drawn = teacher(labels, settings.student_steps * settings.teacher_steps, scale.item(),
+                            generator=generators, output_type="pt", return_process=True)  # fmt: skip
+        states = drawn.process[:: settings.teacher_steps].transpose(0, 1)
+        return {"states": states.half().contiguous(), "scale": scale}
+
+    def step_from(self, rows: torch.Tensor, t: torch.Tensor, scheduler: DDPMScheduler):
+        """The student's steps in which the times `t` lie: from what x_0 and eps one step of DDIM leads from a step's
+        beginning to its end. Returns x_0, eps (B, 3, 64, 64), the times of the beginnings and the scales (B,)."""
+        stride = scheduler.config.num_train_timesteps // self.steps
+        t = t // stride * stride + stride - 1
+        alpha_bar = torch.cat([scheduler.alphas_cumprod, torch.ones(1)]).to(t.device)  # [-1] is where time ends
+        level = lambda t: (x.sqrt()[:, None, None, None] for x in (alpha_bar[t], 1 - alpha_bar[t]))
+        (a, b), (a_end, b_end) = level(t), level(t - stride)
+        rows, number = rows.to(t.device), self.steps - 1 - t // stride
+        x_t, x_end = (self.states[rows, i].float() for i in (number, number + 1))
+        x_0 = (x_end - b_end / b * x_t) / (a_end - b_end / b * a)
+        return x_0, (x_t - a * x_0) / b, t, self.scales[rows]
+
+
+def load_teacher(settings: Settings) -> ICLEVRPipeline:
+    """The pipeline that `settings.teacher` names, a preset that ships or a pipeline's folder, with a sampler that takes
+    few steps for an exact path."""
+    folder = WEIGHTS / settings.teacher
+    settings = dataclasses.replace(settings, sampler="dpm-solver++")
+    return load_pipeline(settings, str(folder if folder.is_dir() else settings.teacher))
+
+
+def _begin_as(teacher: Denoiser, student: Denoiser, settings: Settings):
+    """Give a student its teacher's weights. What it has besides, the input for s, begins without effect."""
+    taught = {name: value.shape for name, value in teacher.state_dict().items()}
+    new = "unet.time_embedding.cond_proj.weight"
+    if any(taught.get(name) != value.shape for name, value in student.state_dict().items() if name != new):
+        raise ValueError(f"teacher={settings.teacher!r}: another network than this run's. A student begins with its "
+                         "teacher's weights, so give both the same channels, attention, patch and so on")  # fmt: skip
+    student.load_state_dict(teacher.state_dict(), strict=False)
 
 
 def train_autoencoder(settings: Settings, dataset: ICLEVRDataset, folder: Path):
@@ -1440,6 +1572,12 @@ def _train(settings, dataset, folder, resume, accelerator):
     if autoencoder is not None:
         dataset = LatentDataset(dataset, autoencoder)
     scheduler, denoiser = make_scheduler(settings), make_denoiser(settings)
+    if settings.teacher:
+        teacher = load_teacher(settings)
+        _begin_as(teacher.denoiser, denoiser, settings)
+        with accelerator.main_process_first():  # who draws; the others read
+            made = f"{teacher.weights_sha256}-{settings.student_steps}x{settings.teacher_steps}-{settings.seed}"
+            dataset = TeacherPaths(settings, dataset, teacher, folder / f"paths-{made}")
     optimizer = torch.optim.AdamW(denoiser.parameters(), settings.learning_rate, weight_decay=settings.weight_decay,
                                   fused=settings.device != "mps")  # fmt: skip
     ema = EMAModel(denoiser.parameters(), settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
@@ -1476,7 +1614,7 @@ def _train(settings, dataset, folder, resume, accelerator):
             batch = training_batch(settings, dataset, scheduler, step, part)
             with autocast(settings), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(make_generator(settings.seed, 2, step).initial_seed())  # of dropout
-                prediction = network(batch["x_t"], batch["t"], batch["labels"], batch["null"])
+                prediction = network(batch["x_t"], batch["t"], batch["labels"], batch["null"], batch["scale"])
             errors = (prediction.float() - batch["target"]).pow(2).mean((1, 2, 3))
             loss = (weights[batch["t"]] * errors).mean()
             accelerator.backward(loss)
@@ -1736,8 +1874,17 @@ class ICLEVRPipeline(DiffusionPipeline):
         output = ICLEVROutput(to_pil(images) if output_type == "pil" else images, *states)
         return output if return_dict else output.to_tuple()
 
+    @property
+    def guidances(self) -> tuple[str, ...]:
+        """Those of GUIDANCES that its network can do: a student does without a null condition, and cannot compose."""
+        can = {"composition": self.denoiser.condition.null is not None}
+        can["classifier-free"] = can["composition"] or self.denoiser.config.guidance_input
+        return tuple(kind for kind in GUIDANCES if can.get(kind, True))
+
     def _guided(self, x_t, t, labels, guidance, scale):
         """The network's prediction, guided by itself."""
+        if self.denoiser.config.guidance_input and guidance != "composition":
+            return self.denoiser(x_t, t, labels, None, scale if guidance == "classifier-free" else 1.0)
         null = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
         if guidance == "composition":
             slots = int(labels.sum(1).max())
@@ -1940,7 +2087,9 @@ def describe_guidance(kind: str, scale: float | None, shown: str | None = None, 
 
 
 def samplers_for(pipe: ICLEVRPipeline, settings: Settings) -> list[str]:
-    """The samplers that go with a pipeline's noise schedule and with `settings.guidance`."""
+    """The samplers that go with a pipeline's noise schedule and `settings.guidance`; for a student of DDIM, DDIM."""
+    if settings.student_steps:
+        return ["ddim"]
     names = ["ddpm"] if settings.guidance == "classifier-1" else list(SAMPLERS)
     return [name for name in names if name != "heun" or not pipe.scheduler.config.get("rescale_betas_zero_snr")]
 
@@ -1952,6 +2101,8 @@ def count_evaluations(settings: Settings, labels: torch.Tensor) -> int:
     scheduler.set_timesteps(settings.steps)
     acts, kind = steps_with_guidance(scheduler, settings.guidance_interval), guidance_kind(settings)
     more = {"composition": int(labels.sum(1).max()), "classifier-free": int(settings.guidance_scale != 0)}
+    if settings.student_steps:
+        return len(acts)
     return len(acts) + sum(acts) * more.get(kind, 0)
 
 
@@ -2561,10 +2712,13 @@ def guidance_explorer(pipe: ICLEVRPipeline, settings: Settings):
         widgets.Dropdown(options=(nothing, *OBJECTS), value=value, layout=widgets.Layout(width="150px"))
         for value in MANUAL_SET
     ]
+    student = settings.student_steps > 0  # fast enough to follow the slider, and at home with its own steps alone
     scale = widgets.FloatSlider(
-        settings.guidance_scale, min=0.0, max=8.0, step=0.5, description="guidance s", continuous_update=False
+        settings.guidance_scale, min=0.0, max=8.0, step=0.5, description="guidance s", continuous_update=student
     )
-    steps = widgets.IntSlider(settings.steps, min=2, max=50, description="steps", continuous_update=False)
+    steps = widgets.IntSlider(
+        settings.steps, min=1, max=50, description="steps", continuous_update=False, disabled=student
+    )
     seed = widgets.IntSlider(settings.seed, min=0, max=99, description="seed", continuous_update=False)
     picture = widgets.Image(format="png", width=320, height=320)
     message = widgets.HTML()
