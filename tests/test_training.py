@@ -265,6 +265,14 @@ def test_the_loss_falls_on_a_few_pictures(synthetic, tmp_path, make):
     assert losses[-1] < 0.75 * losses[0], losses
 
 
+def test_a_compiled_network_learns_the_same(small, straight, tmp_path, monkeypatch):
+    # By the backend that compiles nothing: what is tested is that the network can be captured, and that it is.
+    real, captured = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda network: captured.append(network) or real(network, backend="eager"))
+    records = run(tiny(**VARIED, torch_compile=True), small, tmp_path / "compiled")
+    assert len(captured) == 1 and [r.loss for r in records] == pytest.approx([r.loss for r in straight[1]], rel=1e-4)
+
+
 def test_bf16_trains_float32_weights(small, tmp_path):
     (record,) = run(tiny(precision="bf16", batch_size=8, epochs=1), small, tmp_path / "bf16")
     (exact,) = run(tiny(precision="fp32", batch_size=8, epochs=1), small, tmp_path / "fp32")
