@@ -34,6 +34,8 @@ sys.path.insert(0, str(ROOT))
 import lab6_utils as lab  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results.json")
+#: What the maker promises of dense products in bf16; the model FLOPs utilisation (MFU) is the share reached.
+H200_TERAFLOPS = 989
 COLUMNS = ("ours", "baseline", "ratio", "unit", "device", "date")
 
 
@@ -119,10 +121,11 @@ def measure_data(settings):
     yield "data in a training step of tokens", 100 * each / step, 100 / (1 + step * read / 32), "%", {}
 
 
-def ours_trains(settings, files, batch, steps):
+def ours_trains(settings, files, batch, steps, torch_compile=False):
     """Images a second of `lab.train`, in its second epoch; what is saved after an epoch is not counted."""
     part = lab.ICLEVRDataset(files, "train", batch * steps)
-    own = lab.make_settings("full", preset=settings.preset, batch_size=batch, epochs=2, device=settings.device)
+    own = dict(preset=settings.preset, batch_size=batch, epochs=2, device=settings.device, torch_compile=torch_compile)
+    own = lab.make_settings("full", **own)
     with tempfile.TemporaryDirectory() as folder:
         return [record.images_per_s for record in lab.train(own, part, folder)][1]
 
@@ -163,8 +166,14 @@ def measure_training(settings):
         plain = unpacked(files, Path(folder) / "plain", 512)
         for preset, batch, steps in choices:
             own = lab.make_settings("full", preset=preset, device=settings.device)
-            rates = ours_trains(own, files, batch, steps), baseline_trains(own, plain, batch, steps)
-            yield f"training {preset}", *rates, "images/s", dict(batch=batch)
+            theirs = baseline_trains(own, plain, batch, steps)
+            for compiled in (False, True) if settings.device == "cuda" else (False,):
+                rate = ours_trains(own, files, batch, steps, compiled)
+                done = 3 * lab.count_flops(own) * rate / 1e12
+                more = dict(batch=batch, teraflops=round(done, 3))
+                if "H200" in lab.device_name(settings):
+                    more["mfu"] = round(done / H200_TERAFLOPS, 3)
+                yield f"training {preset}{', compiled' if compiled else ''}", rate, theirs, "images/s", more
 
 
 @torch.no_grad()
@@ -192,6 +201,12 @@ def measure_sampling(settings):
         more = dict(extrapolated=f"from {steps} of {64_000 // at_once:,} steps")
         how = "one by one" if at_once == 1 else "all at once"
         yield f"64 pictures by tokens; baseline: {preset}, 1000 steps, {how}", ours, theirs, "s", more
+    few = lab.make_settings("full", preset="few-step", device=device)
+    drawn_by = (lab.load_pipeline(few, "shipped"), few), (pipe, settings)
+    for name, count, times in (("64 pictures", 64, 1), ("one picture, as for the guidance slider,", 1, 8)):
+        both = (seconds_each(lambda i, p=p, s=s, n=count: lab.sample(p, sets[:n], s, i), times, device)
+                for p, s in drawn_by)  # fmt: skip
+        yield f"{name} by few-step; baseline: by tokens", *both, "s", {}
     x_t = torch.randn(16, 3, 64, 64, device=device)
 
     def milliseconds(network):
