@@ -2,7 +2,7 @@
 """How fast the workbook is, and how fast the same work is when done as the four reports describe theirs.
 
     python benchmarks/speed.py                  everything; about ten minutes on two cores        (make bench)
-    python benchmarks/speed.py --only sampling  one part: data, training, sampling, memory or growth
+    python benchmarks/speed.py --only sampling  one part: data, training, processes, sampling, memory or growth
     python benchmarks/speed.py --table          measure nothing, print what benchmarks/results.json holds
 
 Each row goes into benchmarks/results.json under its name and kind of device, in place of the one measured there before:
@@ -16,14 +16,17 @@ at a time, in all 1000 steps of ancestral sampling. Rows that compare something 
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from PIL import Image
@@ -176,6 +179,22 @@ def measure_training(settings):
                 yield f"training {preset}{', compiled' if compiled else ''}", rate, theirs, "images/s", more
 
 
+def trains_in_processes(settings, count):
+    """Images a second of what notebook 03 trains, in so many processes, in its second epoch."""
+    with tempfile.TemporaryDirectory() as runs, mock.patch.dict(os.environ, LAB6_RUNS=runs):
+        own = dataclasses.replace(settings, run=f"in-{count}", epochs=2)
+        lab.train_in_processes(own, count)
+        return lab.load_history(lab.run_folder(own))[1]["images_per_s"]
+
+
+def measure_processes(settings):
+    """Training in a process for each of several GPUs; nothing where there is one."""
+    gpus = torch.cuda.device_count() if settings.device == "cuda" else 0
+    own = lab.make_settings("full", batch_size=256, device=settings.device)
+    for count in (n for n in (1, 2, 4, 8) if gpus > 1 and n <= gpus):
+        yield f"growth: training tokens in {count} processes", trains_in_processes(own, count), None, "images/s", {}
+
+
 @torch.no_grad()
 def measure_sampling(settings):
     """64 label sets with the weights that ship, and in all steps one by one; and a pass of the network alone."""
@@ -292,8 +311,8 @@ def measure_growth(settings):
         yield name, each, None, "s", dict(seconds_by_composition=composed)
 
 
-PARTS = dict(data=measure_data, training=measure_training, sampling=measure_sampling, memory=measure_memory,
-             growth=measure_growth)  # fmt: skip
+PARTS = dict(data=measure_data, training=measure_training, processes=measure_processes, sampling=measure_sampling,
+             memory=measure_memory, growth=measure_growth)  # fmt: skip
 
 
 def better(row):

@@ -56,6 +56,11 @@ def test_both_train(data):
         assert speed.baseline_trains(settings, files, 2, 2) > 0
 
 
+def test_several_processes_train(scenes, monkeypatch):
+    monkeypatch.setenv("LAB6_DATA", str(scenes))
+    assert speed.trains_in_processes(lab.make_settings("tiny", device="cpu"), 2) > 0
+
+
 @pytest.mark.parametrize("unit, ours, baseline", [("images/s", 10, 5), ("s", 5, 10), ("GB", 1, 2), ("%", 1, 2)])
 def test_twice_as_good(unit, ours, baseline):
     assert speed.better(dict(ours=ours, baseline=baseline, unit=unit)) == 2
