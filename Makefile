@@ -51,7 +51,7 @@ experiments: .venv/installed
 	$(EXPERIMENT) channels=[16,24,32] norm_groups=8
 	$(EXPERIMENT) channels=[48,64,96]
 	$(BIN)/python run_notebooks.py --profile shipped --only 06 -p score=false \
-	  --sweep preset=latent,mlp-fusion,linear-attn,cross-attention,linear-512,linear-512-six
+	  --sweep preset=latent,few-step,mlp-fusion,linear-attn,cross-attention,linear-512,linear-512-six
 	$(BIN)/python run_notebooks.py --profile shipped --only 06
 
 bench: .venv/installed

@@ -112,7 +112,8 @@ def _shrink(preset, profile):
     if preset == "tokens":
         return SMALL_TOKENS[profile]
     if preset == "few-step":  # begins with the weights of its teacher, which ships, and so is of its size
-        return {"full": {}, "tiny": dict(max_images=16)}.get(profile, dict(epochs=4, max_images=128))
+        fewer = dict(max_images=16 if profile == "tiny" else 128, epochs=2, warmup_steps=2)
+        return {} if profile == "full" else fewer
     if profile == "tiny":
         channels = tuple(max(8, c // 128 * 8) for c in PRESETS[preset]["channels"])
         return dict(channels=channels, layers_per_block=1, norm_groups=8, head_dim=8, warmup_steps=0,
@@ -171,12 +172,12 @@ class Settings:
     warmup_steps: int = 500
     decay_fraction: float = 0.3  # the last part of training, in which the learning rate falls to zero
     gradient_clip: float = 1.0  # of the norm of all gradients; 0: none
-    label_dropout: float = 0.1  # share of labels replaced by the null condition; 0: no guidance possible
+    label_dropout: float = 0.1  # share of labels replaced by the null condition; 0: no guidance, but for a student
     ema_decay: float = 0.999
     flip: bool = False  # mirror half of the images
     teacher: str = ""  # distillation: whose pictures are learnt, a preset that ships or a pipeline's folder
-    student_steps: int = 0  # in which a student does what its teacher takes more for; 0: no student
-    teacher_steps: int = 3  # how many of the teacher's steps, guided, one of the student's replaces
+    student_steps: int = 0  # in which a student does what its teacher takes teacher_steps for; 0: no student
+    teacher_steps: int = 12
     keep: str = "last"  # whose weights the pipeline has: of the last epoch or the best; every: and one each keep_every
     keep_every: int = 10
     max_images: int = 0  # train on the first so many images; 0: all
@@ -243,12 +244,8 @@ class Settings:
             raise ValueError(f"label_dropout={self.label_dropout}: must be in [0, 1)")
         if bool(self.teacher) != bool(self.student_steps):
             raise ValueError(f"teacher={self.teacher!r}, student_steps={self.student_steps}: a student needs both")
-        if self.teacher and (self.space != "pixels" or not CONDITIONINGS[self.conditioning].gives_tokens):
-            raise ValueError(f"teacher={self.teacher!r}: only a network of pixels that attends to tokens can be told "
-                             "of the scale; use space='pixels' and conditioning='tokens'")  # fmt: skip
-        if self.student_steps and self.num_train_timesteps % self.student_steps:
-            raise ValueError(f"student_steps={self.student_steps}: must divide num_train_timesteps="
-                             f"{self.num_train_timesteps}")  # fmt: skip
+        if self.teacher:
+            self._check_student()
         free = () if self.teacher else ("classifier-free",)
         if self.label_dropout == 0 and guidance_kind(self) in (*free, "composition"):
             raise ValueError(
@@ -275,6 +272,19 @@ class Settings:
             raise ValueError(
                 f"guidance='classifier-1' with sampler={self.sampler!r}: algorithm 1 moves the mean of ancestral "
                 "sampling; use sampler='ddpm', or guidance='classifier-2'"
+            )
+
+    def _check_student(self):
+        learns = dict(space="pixels", conditioning="tokens", label_dropout=0, flip=False, loss_weighting="none",
+                      sampler="ddim", steps=self.student_steps)  # fmt: skip
+        wrong = [f"{name}={value!r}" for name, value in learns.items() if getattr(self, name) != value]
+        if wrong or self.prediction == "epsilon":
+            wrong = wrong or ["prediction='v_prediction' or 'sample', since at the last t eps says nothing of x_0"]
+            raise ValueError(f"teacher={self.teacher!r}: a student needs {', '.join(wrong)}")
+        if self.num_train_timesteps % self.student_steps or self.teacher_steps % self.student_steps:
+            raise ValueError(
+                f"student_steps={self.student_steps}: must divide num_train_timesteps={self.num_train_timesteps} and "
+                f"teacher_steps={self.teacher_steps}"
             )
 
     @property
@@ -363,6 +373,8 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
         values["precision"] = "bf16" if _computes_bf16(values["device"]) else "fp32"
     if values.get("steps") == 0:
         values["steps"] = values.get("num_train_timesteps", Settings.num_train_timesteps)
+    if values.get("student_steps") and "steps" not in overrides:
+        values["steps"] = values["student_steps"]
     if values.get("label_dropout") == 0 and "guidance" not in overrides and not values.get("teacher"):
         values["guidance"] = "none"  # the default one needs a network that has learnt to do without labels
     for name, value in values.items():
@@ -915,8 +927,8 @@ _REPORT = dict(patch=1, head_dim=8, norm_groups=32, scale_shift=False, layers_pe
 PRESETS = {
     # Ours: one token per object into cross-attention, their pooled embedding into the time embedding.
     "tokens": dict(),
-    # A student of tokens: the scale is an input, and four DDIM steps do what eight guided ones of its teacher do.
-    "few-step": dict(teacher="tokens", student_steps=4, sampler="ddim", steps=4, label_dropout=0.0, epochs=10,
+    # A student of tokens: the scale is an input, and four DDIM steps do what twelve guided ones of its teacher do.
+    "few-step": dict(teacher="tokens", student_steps=4, sampler="ddim", label_dropout=0.0, epochs=10,
                      learning_rate=4e-4, warmup_steps=50, decay_fraction=1.0),
     # Ours in the latents of an autoencoder (4 x 16 x 16), which is trained first.
     "latent": dict(space="latents", patch=1, channels=(96, 144, 192), attention=("none", "cross", "cross")),
@@ -1039,7 +1051,7 @@ CONDITIONINGS = {
 }  # fmt: skip
 
 
-GUIDANCE_EMBEDDING = 64  # width of what a network with guidance_input is told of s
+GUIDANCE_EMBEDDING = 64  # width of what a student is told of s
 
 
 class Denoiser(ModelMixin, ConfigMixin):
@@ -1064,7 +1076,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         conditioning: str = "tokens",
         token_dim: int = 128,
         null_condition: bool = True,
-        guidance_input: bool = False,
+        student_steps: int = 0,
         image_channels: int = 3,
         image_size: int = 64,
     ):
@@ -1088,9 +1100,9 @@ class Denoiser(ModelMixin, ConfigMixin):
             # themselves take it for the heads' width, and so are set right after.
             heads = tuple(max(1, c // head_dim) for c in channels)
             width = len(OBJECTS) if conditioning == "multi-hot" else token_dim
-            scale = dict(time_cond_proj_dim=GUIDANCE_EMBEDDING) if guidance_input else {}
+            scale = dict(time_cond_proj_dim=GUIDANCE_EMBEDDING) if student_steps else {}
             self.unet = UNet2DConditionModel(cross_attention_dim=width, attention_head_dim=heads, **shared, **scale)
-            if guidance_input:
+            if student_steps:
                 nn.init.zeros_(self.unet.time_embedding.cond_proj.weight)  # a student begins as its teacher
             for block in (*self.unet.down_blocks, *self.unet.up_blocks):
                 for layer in block.attentions if isinstance(block, AttnDownBlock2D | AttnUpBlock2D) else ():
@@ -1100,23 +1112,23 @@ class Denoiser(ModelMixin, ConfigMixin):
             self.unet = UNet2DModel(attention_head_dim=head_dim, **shared)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, null: torch.Tensor | None = None,
-                scale: torch.Tensor | float = 1.0):  # fmt: skip
+                guidance_scale: torch.Tensor | float = 1.0):  # fmt: skip
         """Predict what `prediction` names.
 
         Args:
             x_t: (B, 3, 64, 64); t: (B,) or () integers; labels: (B, 24) multi-hot.
             null: (B,) bool, True where the labels are to be ignored; default nowhere.
-            scale: s of classifier-free guidance, (B,) or one for all, for a network with guidance_input.
+            guidance_scale: s of classifier-free guidance, (B,) or one for all; only students take it as an input.
 
         Returns:
             (B, 3, 64, 64)
         """
         if null is None:
             null = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-        if self.condition.null is None and null.any():
+        elif self.condition.null is None and null.any():
             raise ValueError(
-                "this model has no null condition (it was trained with label_dropout=0), so it has no "
-                "classifier-free guidance: use guidance_scale=1, or train with label_dropout=0.1"
+                "this model has no null condition (it was trained with label_dropout=0), so it has no guidance by "
+                "itself and no composition: use guidance_scale=1, or train with label_dropout=0.1"
             )
         pooled, tokens = self.condition(labels.to(self.dtype), null)
         x = F.pixel_unshuffle(x_t.to(self.dtype), self.config.patch).contiguous(memory_format=torch.channels_last)
@@ -1124,22 +1136,25 @@ class Denoiser(ModelMixin, ConfigMixin):
         if tokens is not None and tokens.shape[1] > 3:  # slots for a fuller set of the batch: hidden from the others
             slots = torch.arange(tokens.shape[1], device=labels.device)
             extra["encoder_attention_mask"] = slots < labels.sum(1, keepdim=True).clamp(min=3)
-        if self.config.guidance_input:
-            scale = torch.as_tensor(scale, device=x.device).expand(len(x))
+        if self.config.student_steps:
+            scale = torch.as_tensor(guidance_scale, device=x.device).expand(len(x))
             extra["timestep_cond"] = get_timestep_embedding(100 * scale, GUIDANCE_EMBEDDING).to(x.dtype)
         return F.pixel_shuffle(self.unet(x, t, class_labels=pooled, **extra).sample, self.config.patch)
 
 
+#: What `Denoiser` takes from Settings as it is.
+_OF_NETWORK = ("patch", "channels", "layers_per_block", "attention", "up_attention", "head_dim", "norm_groups",
+               "scale_shift", "conditioning", "token_dim")  # fmt: skip
+
+
 def make_denoiser(settings: Settings, device: str | None = None) -> Denoiser:
     """The network of `settings`, initialised from its seed, on their device or another ("meta": shapes only)."""
-    names = ("patch", "channels", "layers_per_block", "attention", "up_attention", "head_dim", "norm_groups",
-             "scale_shift", "conditioning", "token_dim")  # fmt: skip
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
         torch.manual_seed(settings.seed)
         denoiser = Denoiser(
-            **{n: getattr(settings, n) for n in names},
+            **{name: getattr(settings, name) for name in _OF_NETWORK},
             null_condition=settings.label_dropout > 0,
-            guidance_input=settings.student_steps > 0,
+            student_steps=settings.student_steps,
             image_channels=3 if settings.space == "pixels" else settings.latent_channels,
             image_size=settings.image_size,
         )
@@ -1150,11 +1165,13 @@ def count_flops(settings: Settings) -> int:
     """Floating-point operations of the network of `settings` in one pass forward over one picture, as torch's
     FlopCounterMode counts them: matrix products, convolutions and attention. A step of training takes three times as
     many for each picture."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     denoiser, size = make_denoiser(settings, "cpu"), settings.image_size
     channels = denoiser.config.image_channels
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    whole = sdpa_kernel(SDPBackend.MATH)  # the counter does not know the CPU's fused attention
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), whole:
         denoiser(torch.zeros(1, channels, size, size), torch.tensor(0), encode_labels(MANUAL_SET))
     return counter.get_total_flops()
 
@@ -1347,18 +1364,18 @@ def training_batch(settings: Settings, dataset, scheduler, step: int, part=(0, 1
     """Everything random of training step `step`, from (seed, step) alone, so that resuming changes nothing.
 
     Args:
-        dataset: ICLEVRDataset, LatentDataset or, for a student, TeacherPaths.
+        dataset: ICLEVRDataset, LatentDataset or, for a student, Trajectories.
         part: (rank, number of processes): which slice of the global batch to return.
 
     Returns:
-        dict: x_0, eps, x_t, target (B, 3, 64, 64); t (B,); labels (B, 24); null (B,) bool; scale (B,), for a student.
+        dict: x_0, eps, x_t, target (B, 3, 64, 64); t (B,); labels (B, 24); null (B,) bool; scale (B,): s, or 1.
     """
     size, device = min(settings.batch_size, len(dataset)), settings.device
     epoch, position = divmod(step, len(dataset) // size)
     order = torch.randperm(len(dataset), generator=make_generator(settings.seed, 0, epoch))
     rows = order[position * size : (position + 1) * size]
     g = make_generator(settings.seed, 1, step, device=device)
-    taught = isinstance(dataset, TeacherPaths)
+    taught = isinstance(dataset, Trajectories)
     x_0 = dataset.draw(rows, g) if not taught else None
     # One random offset spreads the times evenly over the batch: less noise in the loss (Kingma et al. 2021, app. I).
     spread = (torch.arange(size, device=device) + torch.rand((), generator=g, device=device)) / size
@@ -1382,86 +1399,106 @@ def training_batch(settings: Settings, dataset, scheduler, step: int, part=(0, 1
     return {k: v.chunk(count)[rank] for k, v in batch.items()}
 
 
-#: Students are trained with scales from 0 to this.
-MOST_GUIDANCE = 6.0
+#: Students are trained with guidance scales from 0 to this; whoever takes no scale as an input has no such limit.
+MAX_GUIDANCE_SCALE = 6.0
+#: So many trajectories are drawn at a time, with one s.
+_AT_A_TIME = 64
 
 
-class TeacherPaths:
+def draw_trajectories(settings: Settings, labels: torch.Tensor, teacher: ICLEVRPipeline, part=(0, 1)) -> Path:
+    """Let a teacher draw what a student learns from (see `Trajectories`), some at a time; who was stopped goes on.
+
+    Args:
+        labels: (N, 24), of the training images.
+        part: (rank, number of processes): who draws which.
+
+    Returns:
+        The folder in data/runs/cache that holds them: another for another teacher, labels, steps or seed.
+    """
+    from safetensors.torch import save_file
+
+    how = (teacher.weights_sha256, settings.student_steps, settings.teacher_steps, settings.seed, MAX_GUIDANCE_SCALE)
+    name = hashlib.sha256(repr(how).encode() + labels.numpy().tobytes()).hexdigest()[:16]
+    folder = settings.runs / "cache" / f"trajectories-{name}"
+    parts = [(folder / f"{i:04d}.safetensors", i, of) for i, of in enumerate(labels.split(_AT_A_TIME))]
+    missing = [each for each in parts[part[0] :: part[1]] if not each[0].exists()]
+    start = time.perf_counter()
+    for done, (file, number, of) in enumerate(progress(missing, "the teacher draws"), 1):
+        generators = [make_generator(settings.seed, 4, number, i) for i in range(len(of))]
+        scale = MAX_GUIDANCE_SCALE * torch.rand(1, generator=make_generator(settings.seed, 5, number))
+        with autocast(settings):
+            states = teacher(of, settings.teacher_steps, scale.item(), generator=generators, output_type="pt",
+                             return_process=True).process  # fmt: skip
+        states = states[:: settings.teacher_steps // settings.student_steps].transpose(0, 1)
+        kept = {"states": states.half().contiguous(), "scale": scale}
+        _write_atomically(file, lambda temporary, kept=kept: save_file(kept, temporary))
+        if headless() and (done % 16 == 0 or done == len(missing)):
+            left = (time.perf_counter() - start) / done * (len(missing) - done)
+            print(f"progress: the teacher drew {done}/{len(missing)} parts, {format_seconds(left)} left", flush=True)
+    return folder
+
+
+class Trajectories:
     """What a student is trained on: for the labels of each training image the states x_t through which its teacher
-    goes from noise to a picture, guided by some s, and without chance (Salimans & Ho 2022; Meng et al. 2023).
-
-    They are drawn once, into `folder`, some at a time, so that a drawing that was stopped goes on.
+    went from noise to a picture, guided by some s, and without chance.
 
     Attributes:
-        states: (N, student_steps + 1, 3, 64, 64) float16, where each of the student's steps begins and ends.
-        scales: (N,), the s of each path, the same for some.
         labels: (N, 24).
+        states: (N, student_steps + 1, 3, 64, 64) float16, where each of the student's steps begins and ends.
+        scales: (N,), the s of each.
     """
 
-    at_a_time = 64
+    def __init__(self, settings: Settings, labels: torch.Tensor, folder: Path):
+        from safetensors.torch import load_file
 
-    def __init__(self, settings: Settings, dataset: ICLEVRDataset, teacher: ICLEVRPipeline, folder: Path):
-        from safetensors.torch import load_file, save_file
-
-        self.split, self.labels, self.steps = dataset.split, dataset.labels, settings.student_steps
-        parts, scales, start = [], [], time.perf_counter()
-        chunks = torch.arange(len(dataset)).split(self.at_a_time)
-        for number, rows in enumerate(progress(chunks, "the teacher draws")):
-            file = folder / f"{number:04d}.safetensors"
-            if not file.exists():
-                part = self._draw(settings, teacher, self.labels[rows], number)
-                _write_atomically(file, lambda temporary, part=part: save_file(part, temporary))
-                if number % 16 == 15:
-                    left = (time.perf_counter() - start) / (number + 1) * (len(chunks) - number - 1)
-                    done = f"{number + 1} of {len(chunks)} parts"
-                    print(f"progress: the teacher drew {done}, {format_seconds(left)} left", flush=True)
-            part = load_file(file)
-            parts.append(part["states"])
-            scales.append(part["scale"].expand(len(rows)))
-        self.states, self.scales = torch.cat(parts).to(settings.device), torch.cat(scales).to(settings.device)
+        self.labels, shape = labels, (len(labels), settings.student_steps + 1, 3, 64, 64)
+        self.states = torch.empty(shape, dtype=torch.float16, device=settings.device)
+        self.scales = torch.empty(len(labels), device=settings.device)
+        for i, rows in enumerate(torch.arange(len(labels)).split(_AT_A_TIME)):
+            kept = load_file(folder / f"{i:04d}.safetensors")
+            self.states[rows[0] : rows[-1] + 1], self.scales[rows[0] : rows[-1] + 1] = kept["states"], kept["scale"]
 
     def __len__(self):
         return len(self.labels)
 
-    def _draw(self, settings, teacher, labels, number):
-        generators = [make_generator(settings.seed, 4, number, i) for i in range(len(labels))]
-        scale = MOST_GUIDANCE * torch.rand(1, generator=make_generator(settings.seed, 5, number))
-        with autocast(settings):
-            drawn = teacher(labels, settings.student_steps * settings.teacher_steps, scale.item(),
-                            generator=generators, output_type="pt", return_process=True)  # fmt: skip
-        states = drawn.process[:: settings.teacher_steps].transpose(0, 1)
-        return {"states": states.half().contiguous(), "scale": scale}
-
     def step_from(self, rows: torch.Tensor, t: torch.Tensor, scheduler: DDPMScheduler):
         """The student's steps in which the times `t` lie: from what x_0 and eps one step of DDIM leads from a step's
         beginning to its end. Returns x_0, eps (B, 3, 64, 64), the times of the beginnings and the scales (B,)."""
-        stride = scheduler.config.num_train_timesteps // self.steps
+        steps = self.states.shape[1] - 1
+        stride = scheduler.config.num_train_timesteps // steps
         t = t // stride * stride + stride - 1
-        alpha_bar = torch.cat([scheduler.alphas_cumprod, torch.ones(1)]).to(t.device)  # [-1] is where time ends
+        alpha_bar = F.pad(scheduler.alphas_cumprod.to(t.device), (0, 1), value=1.0)  # [-1] is where time ends
         level = lambda t: (x.sqrt()[:, None, None, None] for x in (alpha_bar[t], 1 - alpha_bar[t]))
         (a, b), (a_end, b_end) = level(t), level(t - stride)
-        rows, number = rows.to(t.device), self.steps - 1 - t // stride
+        rows, number = rows.to(t.device), steps - 1 - t // stride
         x_t, x_end = (self.states[rows, i].float() for i in (number, number + 1))
         x_0 = (x_end - b_end / b * x_t) / (a_end - b_end / b * a)
         return x_0, (x_t - a * x_0) / b, t, self.scales[rows]
 
 
 def load_teacher(settings: Settings) -> ICLEVRPipeline:
-    """The pipeline that `settings.teacher` names, a preset that ships or a pipeline's folder, with a sampler that takes
-    few steps for an exact path."""
+    """The pipeline that `settings.teacher` names (a preset that ships, or a folder), with a deterministic sampler that
+    needs few steps.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: its network, or its noise, is not what the student begins with.
+    """
     folder = WEIGHTS / settings.teacher
-    settings = dataclasses.replace(settings, sampler="dpm-solver++")
-    return load_pipeline(settings, str(folder if folder.is_dir() else settings.teacher))
-
-
-def _begin_as(teacher: Denoiser, student: Denoiser, settings: Settings):
-    """Give a student its teacher's weights. What it has besides, the input for s, begins without effect."""
-    taught = {name: value.shape for name, value in teacher.state_dict().items()}
-    new = "unet.time_embedding.cond_proj.weight"
-    if any(taught.get(name) != value.shape for name, value in student.state_dict().items() if name != new):
-        raise ValueError(f"teacher={settings.teacher!r}: another network than this run's. A student begins with its "
-                         "teacher's weights, so give both the same channels, attention, patch and so on")  # fmt: skip
-    student.load_state_dict(teacher.state_dict(), strict=False)
+    folder = folder if folder.is_dir() else ROOT / settings.teacher
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"teacher={settings.teacher!r}: no pipeline in {folder}; give a preset that ships "
+                                "(data/weights) or a pipeline's folder")  # fmt: skip
+    teacher = load_pipeline(settings, str(folder))
+    here = {name: getattr(settings, name) for name in _OF_NETWORK}
+    here |= {name: make_scheduler(settings).config[name] for name in ("trained_betas", "prediction_type")}
+    there = dict(teacher.denoiser.config) | dict(teacher.scheduler.config)
+    differ = [name for name in here if json.dumps(here[name]) != json.dumps(there[name])]
+    if differ or teacher.denoiser.config.student_steps or "classifier-free" not in teacher.guidances:
+        why = f"another network than this run's: {', '.join(differ)}" if differ else "it knows no guidance by itself"
+        raise ValueError(f"teacher={settings.teacher!r}: {why}. A student begins with its teacher's weights")
+    teacher.scheduler = make_sampler("dpm-solver++", teacher.scheduler)
+    return teacher
 
 
 def train_autoencoder(settings: Settings, dataset: ICLEVRDataset, folder: Path):
@@ -1573,12 +1610,9 @@ def _train(settings, dataset, folder, resume, accelerator):
     if autoencoder is not None:
         dataset = LatentDataset(dataset, autoencoder)
     scheduler, denoiser = make_scheduler(settings), make_denoiser(settings)
-    if settings.teacher:
+    if settings.teacher:  # what the student has besides, the input for s, begins without effect
         teacher = load_teacher(settings)
-        _begin_as(teacher.denoiser, denoiser, settings)
-        with accelerator.main_process_first():  # who draws; the others read
-            made = f"{teacher.weights_sha256}-{settings.student_steps}x{settings.teacher_steps}-{settings.seed}"
-            dataset = TeacherPaths(settings, dataset, teacher, folder / f"paths-{made}")
+        denoiser.load_state_dict(teacher.denoiser.state_dict(), strict=False)
     optimizer = torch.optim.AdamW(denoiser.parameters(), settings.learning_rate, weight_decay=settings.weight_decay,
                                   fused=settings.device != "mps")  # fmt: skip
     ema = EMAModel(denoiser.parameters(), settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
@@ -1606,6 +1640,10 @@ def _train(settings, dataset, folder, resume, accelerator):
         raise ValueError(f"the processes find different checkpoints in {folder}: it must be a folder that they share")
     if history and history[-1]["step"] != done * steps:
         raise ValueError(f"{folder} was trained on another number of images; use the same data, or name another run")
+    if settings.teacher and done < settings.epochs:
+        drawn = draw_trajectories(settings, dataset.labels, teacher, part)
+        accelerator.wait_for_everyone()
+        dataset = Trajectories(settings, dataset.labels, drawn)
     writer = SummaryWriter(folder / "tensorboard", purge_step=done * steps + 1) if accelerator.is_main_process else None
     start = time.perf_counter()
     for epoch in range(done, settings.epochs):
@@ -1615,7 +1653,8 @@ def _train(settings, dataset, folder, resume, accelerator):
             batch = training_batch(settings, dataset, scheduler, step, part)
             with autocast(settings), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(make_generator(settings.seed, 2, step).initial_seed())  # of dropout
-                prediction = network(batch["x_t"], batch["t"], batch["labels"], batch["null"], batch["scale"])
+                null = batch["null"] if settings.label_dropout else None
+                prediction = network(batch["x_t"], batch["t"], batch["labels"], null, batch["scale"])
             errors = (prediction.float() - batch["target"]).pow(2).mean((1, 2, 3))
             loss = (weights[batch["t"]] * errors).mean()
             accelerator.backward(loss)
@@ -1810,7 +1849,8 @@ class ICLEVRPipeline(DiffusionPipeline):
         Args:
             labels: a label set, a list of them, or (B, 24) multi-hot.
             num_inference_steps: steps of the scheduler. A step is one pass of the network over the batch (two with
-                the sampler heun), or over the batch twice (with and without labels, in one pass) when guidance is on.
+                the sampler heun), or over the batch twice (with and without labels, in one pass) when guidance is on;
+                a student needs no second one.
             guidance_scale: s, how strong the guidance is.
             guidance: one of GUIDANCES.
                 "none": the labelled prediction as it is.
@@ -1879,12 +1919,19 @@ class ICLEVRPipeline(DiffusionPipeline):
     def guidances(self) -> tuple[str, ...]:
         """Those of GUIDANCES that its network can do: a student does without a null condition, and cannot compose."""
         can = {"composition": self.denoiser.condition.null is not None}
-        can["classifier-free"] = can["composition"] or self.denoiser.config.guidance_input
+        can["classifier-free"] = can["composition"] or self.denoiser.config.student_steps > 0
         return tuple(kind for kind in GUIDANCES if can.get(kind, True))
+
+    @property
+    def scales(self) -> list[float]:
+        """Scales of classifier-free guidance to look at, up to the highest that its network can be trusted with."""
+        if "classifier-free" not in self.guidances:
+            return [1.0]
+        return [0.0, 1.0, 2.0, 4.0, MAX_GUIDANCE_SCALE if self.denoiser.config.student_steps else 8.0]
 
     def _guided(self, x_t, t, labels, guidance, scale):
         """The network's prediction, guided by itself."""
-        if self.denoiser.config.guidance_input and guidance != "composition":
+        if self.denoiser.config.student_steps and guidance != "composition":
             return self.denoiser(x_t, t, labels, None, scale if guidance == "classifier-free" else 1.0)
         null = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
         if guidance == "composition":
@@ -1954,16 +2001,15 @@ def load_pipeline(settings: Settings, weights: str = "auto") -> ICLEVRPipeline:
     Raises:
         FileNotFoundError: there is none, and which notebook makes it.
     """
+    shipped = WEIGHTS / settings.preset
     if weights == "auto":
-        own = settings.run or settings.profile in ("full", "tiny") or not (WEIGHTS / settings.preset).is_dir()
+        own = settings.run or settings.profile in ("full", "tiny") or not shipped.is_dir()
         weights = "trained" if own else "shipped"
-    folder = {"shipped": WEIGHTS / settings.preset, "trained": run_folder(settings) / "pipeline"}.get(
-        weights, ROOT / weights
-    )
+    folder = {"shipped": shipped, "trained": run_folder(settings) / "pipeline"}.get(weights, ROOT / weights)
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"No trained pipeline in {folder}: run notebook 03_model_and_training with profile="
-            f"{settings.profile!r} and preset={settings.preset!r} first, or choose weights='shipped'"
+            f"No trained pipeline in {folder}: run notebook 03_model_and_training with profile={settings.profile!r} "
+            f"and preset={settings.preset!r} first" + (", or choose weights='shipped'" if shipped.is_dir() else "")
         )
     diffusers_logging.disable_progress_bar()  # of loading two files
     pipe = ICLEVRPipeline.from_pretrained(folder, local_files_only=True).to(settings.device)
@@ -2088,23 +2134,21 @@ def describe_guidance(kind: str, scale: float | None, shown: str | None = None, 
 
 
 def samplers_for(pipe: ICLEVRPipeline, settings: Settings) -> list[str]:
-    """The samplers that go with a pipeline's noise schedule and `settings.guidance`; for a student of DDIM, DDIM."""
-    if settings.student_steps:
+    """The samplers that go with a pipeline's noise schedule and `settings.guidance`; a student knows DDIM alone."""
+    if pipe.denoiser.config.student_steps:
         return ["ddim"]
     names = ["ddpm"] if settings.guidance == "classifier-1" else list(SAMPLERS)
     return [name for name in names if name != "heun" or not pipe.scheduler.config.get("rescale_betas_zero_snr")]
 
 
-def count_evaluations(settings: Settings, labels: torch.Tensor) -> int:
-    """How often the network is asked for each picture of a batch with `labels` (B, 24); a pass backward, for the
-    gradient of a classifier, is not counted."""
+def count_evaluations(settings: Settings, labels: torch.Tensor, student: bool = False) -> int:
+    """How often the network, a student's or not, is asked for each picture of a batch with `labels` (B, 24); a pass
+    backward, for the gradient of a classifier, is not counted."""
     scheduler = make_sampler(settings.sampler, make_scheduler(settings))
     scheduler.set_timesteps(settings.steps)
     acts, kind = steps_with_guidance(scheduler, settings.guidance_interval), guidance_kind(settings)
     more = {"composition": int(labels.sum(1).max()), "classifier-free": int(settings.guidance_scale != 0)}
-    if settings.student_steps:
-        return len(acts)
-    return len(acts) + sum(acts) * more.get(kind, 0)
+    return len(acts) + sum(acts) * (0 if student else more.get(kind, 0))
 
 
 def save_pictures(images: torch.Tensor, folder: Path):
@@ -2713,9 +2757,14 @@ def guidance_explorer(pipe: ICLEVRPipeline, settings: Settings):
         widgets.Dropdown(options=(nothing, *OBJECTS), value=value, layout=widgets.Layout(width="150px"))
         for value in MANUAL_SET
     ]
-    student = settings.student_steps > 0  # fast enough to follow the slider, and at home with its own steps alone
+    student = pipe.denoiser.config.student_steps > 0  # fast enough to follow the slider, and has learnt its steps alone
     scale = widgets.FloatSlider(
-        settings.guidance_scale, min=0.0, max=8.0, step=0.5, description="guidance s", continuous_update=student
+        settings.guidance_scale,
+        min=0.0,
+        max=pipe.scales[-1],
+        step=0.5,
+        description="guidance s",
+        continuous_update=student,
     )
     steps = widgets.IntSlider(
         settings.steps, min=1, max=50, description="steps", continuous_update=False, disabled=student
@@ -2833,7 +2882,9 @@ def result_record(settings: Settings, pipe: ICLEVRPipeline | None, split: str, s
         "evaluator_sha256": score.sha256,
         "sampler": settings.sampler if drawn else None,
         "steps": settings.steps if drawn else None,
-        "evaluations": count_evaluations(settings, score.labels) if drawn else None,
+        "evaluations": count_evaluations(settings, score.labels, bool(pipe.denoiser.config.student_steps))
+        if drawn
+        else None,
         "guidance": guidance_of(settings) if drawn else {"kind": "none", "scale": None},
         "seeds": len(score.probabilities) if drawn else None,
         **score.metrics(),

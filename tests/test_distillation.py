@@ -23,15 +23,21 @@ def student(folder, **choices):
 
 
 @pytest.fixture(scope="module")
-def paths(synthetic, teacher_folder, tmp_path_factory):
+def drawn(synthetic, teacher_folder, tmp_path_factory):
+    """Trajectories of the teacher."""
     settings = student(teacher_folder)
-    return lab.TeacherPaths(settings, synthetic, lab.load_teacher(settings), tmp_path_factory.mktemp("paths"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LAB6_RUNS", str(tmp_path_factory.mktemp("runs")))
+        folder = lab.draw_trajectories(settings, synthetic.labels, lab.load_teacher(settings))
+    return lab.Trajectories(settings, synthetic.labels, folder)
 
 
 def test_a_student_begins_as_its_teacher_with_labels(teacher_folder):
     settings = student(teacher_folder)
     teacher, network = lab.load_teacher(settings).denoiser, lab.make_denoiser(settings)
-    lab._begin_as(teacher, network, settings)
+    assert network.load_state_dict(teacher.state_dict(), strict=False).missing_keys == [
+        "unet.time_embedding.cond_proj.weight"
+    ]
     x_t, t, labels = torch.randn(3, 3, 64, 64), torch.tensor([5, 500, 999]), lab.encode_labels(SETS)
     with torch.no_grad():
         for scale in (0.0, torch.tensor([1.0, 4.0, 7.5])):
@@ -41,54 +47,56 @@ def test_a_student_begins_as_its_teacher_with_labels(teacher_folder):
     assert (one - other).abs().amax((1, 2, 3)).min() > 1e-3, "the scale is an input"
 
 
-def test_paths_are_what_the_teacher_draws(synthetic, teacher_folder, paths):
-    settings = student(teacher_folder)
-    teacher, rows = lab.load_teacher(settings), slice(0, 5)
-    assert paths.states.shape == (len(synthetic), 5, 3, 64, 64) and (paths.scales <= lab.MOST_GUIDANCE).all()
-    noise = iter(paths.states[rows, 0].float())
+def test_trajectories_are_what_the_teacher_draws(synthetic, teacher_folder, drawn):
+    teacher, rows = lab.load_teacher(student(teacher_folder)), slice(0, 5)
+    assert drawn.states.shape == (len(synthetic), 5, 3, 64, 64)
+    assert 0 <= drawn.scales.min() < drawn.scales.max() <= lab.MAX_GUIDANCE_SCALE or len(synthetic) <= 64
     states = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(lab, "randn_tensor", lambda shape, **_: torch.stack([next(noise) for _ in range(shape[0])]))
-        teacher(synthetic.labels[rows], 12, paths.scales[0].item(), output_type="pt",
+        patched.setattr(lab, "randn_tensor", lambda *_, **__: drawn.states[rows, 0].float())
+        teacher(synthetic.labels[rows], 12, drawn.scales[0].item(), output_type="pt",
                 callback_on_step_end=lambda pipe, i, t, seen: states.append(seen["x_t"]))  # fmt: skip
     for i in (1, 2, 3):
-        torch.testing.assert_close(states[3 * i - 1], paths.states[rows, i].float(), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(states[3 * i - 1], drawn.states[rows, i].float(), rtol=1e-2, atol=1e-2)
 
 
-def test_one_step_arrives_where_the_teacher_did(teacher_folder, paths):
+def test_one_step_arrives_where_the_teacher_did(teacher_folder, drawn):
     settings = student(teacher_folder)
     noise = lab.make_scheduler(settings)
     sampler = lab.make_sampler("ddim", noise)
     sampler.set_timesteps(settings.student_steps)
     rows = torch.arange(4)
     for i, t in enumerate(sampler.timesteps):
-        x_0, eps, begins, scale = paths.step_from(rows, torch.full((4,), int(t) - 7), noise)
-        assert (begins == t).all() and torch.equal(scale, paths.scales[rows])
+        x_0, eps, begins, scale = drawn.step_from(rows, torch.full((4,), int(t) - 7), noise)
+        assert (begins == t).all() and torch.equal(scale, drawn.scales[rows])
         x_t = noise.add_noise(x_0, eps, begins)
-        torch.testing.assert_close(x_t, paths.states[rows, i].float(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(x_t, drawn.states[rows, i].float(), rtol=0, atol=1e-4)
         arrived = sampler.step(noise.get_velocity(x_0, eps, begins), t, x_t).prev_sample
-        torch.testing.assert_close(arrived, paths.states[rows, i + 1].float(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(arrived, drawn.states[rows, i + 1].float(), rtol=0, atol=1e-4)
 
 
-def test_paths_that_were_drawn_are_read(synthetic, teacher_folder, tmp_path, monkeypatch):
+def test_a_drawing_that_was_stopped_goes_on(synthetic, teacher_folder, runs, monkeypatch):
     settings = student(teacher_folder)
-    teacher, draw, drawn = lab.load_teacher(settings), lab.TeacherPaths._draw, []
+    monkeypatch.setattr(lab, "_AT_A_TIME", 10)
+    labels, count = synthetic.labels[:30], []
 
-    def stopped(self, settings, teacher, labels, number):
-        if len(drawn) == 2:
-            raise KeyboardInterrupt
-        drawn.append(number)
-        return draw(self, settings, teacher, labels, number)
+    class Teacher(lab.ICLEVRPipeline):
+        def __call__(self, *arguments, **options):
+            if len(count) == 2:
+                count.append("stopped")
+                raise KeyboardInterrupt
+            count.append("drawn")
+            return super().__call__(*arguments, **options)
 
-    monkeypatch.setattr(lab.TeacherPaths, "at_a_time", 10)
-    monkeypatch.setattr(lab.TeacherPaths, "_draw", stopped)
+    teacher = lab.load_teacher(settings)
+    teacher.__class__ = Teacher
     with pytest.raises(KeyboardInterrupt):
-        lab.TeacherPaths(settings, synthetic, teacher, tmp_path)
-    first = (tmp_path / "0000.safetensors").read_bytes()
-    monkeypatch.setattr(lab.TeacherPaths, "_draw", lambda *a: drawn.append(a[-1]) or draw(*a))
-    whole = lab.TeacherPaths(settings, synthetic, teacher, tmp_path)
-    assert drawn == list(range(-(-len(synthetic) // 10))) and len(whole) == len(synthetic)
-    assert (tmp_path / "0000.safetensors").read_bytes() == first
+        lab.draw_trajectories(settings, labels, teacher)
+    folder = lab.draw_trajectories(settings, labels, teacher)
+    assert count == ["drawn", "drawn", "stopped", "drawn"] and len(list(folder.iterdir())) == 3
+    assert len(lab.Trajectories(settings, labels, folder)) == 30
+    assert lab.draw_trajectories(settings, labels.flip(0), teacher, (1, 2)) != folder, "of other labels, another folder"
+    assert len(count) == 5, "one of three parts is that of the second of two processes"
 
 
 def test_a_student_is_trained_and_asked_once_a_step(synthetic, teacher_folder, runs):
@@ -99,15 +107,30 @@ def test_a_student_is_trained_and_asked_once_a_step(synthetic, teacher_folder, r
     pipe.denoiser.register_forward_hook(lambda m, arguments, out: asked.append(len(arguments[0])))
     few, many = (lab.sample(pipe, SETS, settings, guidance_scale=s) for s in (1.0, 5.0))
     assert asked == [3] * 8 and not torch.equal(few, many), "guidance costs nothing, and is there"
-    assert lab.count_evaluations(settings, lab.encode_labels(SETS)) == 4
+    assert lab.count_evaluations(settings, lab.encode_labels(SETS), student=True) == 4
     assert pipe.guidances == ("none", "classifier-free", "classifier-1", "classifier-2")
-    with pytest.raises(ValueError, match="no null condition"):
+    assert lab.samplers_for(pipe, settings) == ["ddim"] and pipe.scales[-1] == lab.MAX_GUIDANCE_SCALE
+    with pytest.raises(ValueError, match="no composition"):
         lab.sample(pipe, SETS, settings, guidance="composition")
 
 
-def test_a_teacher_of_another_size(synthetic, teacher_folder, runs):
-    settings = student(teacher_folder, channels=(16, 16, 16))
-    with pytest.raises(ValueError, match="another network than this run's"):
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        (dict(channels=(16, 16, 16)), "another network than this run's: channels"),
+        (dict(schedule="linear"), "another network than this run's: trained_betas"),
+        (dict(prediction="sample"), "another network than this run's: prediction_type"),
+    ],
+)
+def test_a_teacher_of_another_kind(synthetic, teacher_folder, runs, other, words):
+    settings = student(teacher_folder, **other)
+    with pytest.raises(ValueError, match=words):
+        list(lab.train(settings, synthetic, lab.run_folder(settings)))
+
+
+def test_no_such_teacher(synthetic, runs):
+    settings = student("token")
+    with pytest.raises(FileNotFoundError, match=r"teacher='token': no pipeline in .* give a preset"):
         list(lab.train(settings, synthetic, lab.run_folder(settings)))
 
 
@@ -117,7 +140,13 @@ def test_a_teacher_of_another_size(synthetic, teacher_folder, runs):
         (dict(teacher=""), "a student needs both"),
         (dict(student_steps=0), "a student needs both"),
         (dict(student_steps=3), "student_steps=3: must divide num_train_timesteps=1000"),
-        (dict(conditioning="linear", attention=["none"] * 3), "can be told of the scale"),
+        (dict(student_steps=8), "must divide num_train_timesteps=1000 and teacher_steps=12"),
+        (dict(steps=20), "a student needs steps=4"),
+        (dict(sampler="ddpm"), "a student needs sampler='ddim'"),
+        (dict(flip=True), "a student needs flip=False"),
+        (dict(label_dropout=0.1), "a student needs label_dropout=0"),
+        (dict(prediction="epsilon"), "a student needs prediction='v_prediction'"),
+        (dict(conditioning="linear", attention=["none"] * 3), "a student needs conditioning='tokens'"),
         (dict(guidance="composition"), "label_dropout=0 with guidance='composition'"),
     ],
 )
