@@ -2761,7 +2761,7 @@ def guidance_explorer(pipe: ICLEVRPipeline, settings: Settings):
     scale = widgets.FloatSlider(
         settings.guidance_scale,
         min=0.0,
-        max=pipe.scales[-1],
+        max=MAX_GUIDANCE_SCALE if student else 8.0,
         step=0.5,
         description="guidance s",
         continuous_update=student,
@@ -2894,11 +2894,13 @@ def result_record(settings: Settings, pipe: ICLEVRPipeline | None, split: str, s
 
 def results_table(rows: list[dict]) -> str:
     """A Markdown table of result records: accuracy with both intervals, and what it was measured with."""
+    several = len({r["system"] for r in rows if r["sampler"]}) > 1
     lines = ["| split | accuracy | 95% over seeds | 95% over seeds and sets | sampler | guidance | seeds | evaluator |"]
     lines += ["|" + "---|" * 8]
     for r in rows:
         spans = ["–" if r[k] is None else "{:.3f} to {:.3f}".format(*r[k]) for k in ("ci95_seeds", "ci95_sets")]
         how = f"{r['sampler']}, {r['steps']} steps" if r["sampler"] else "–"
+        how = f"{r['system']}: {how}" if several and r["sampler"] else how
         guidance = describe_guidance(**r["guidance"]) if r["sampler"] else "–"
         cells = [r["split"], f"**{r['accuracy']:.4f}**", *spans, how, guidance, r["seeds"] or "–", r["evaluator"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
