@@ -928,8 +928,8 @@ PRESETS = {
     # Ours: one token per object into cross-attention, their pooled embedding into the time embedding.
     "tokens": dict(),
     # A student of tokens: the scale is an input, and four DDIM steps do what twelve guided ones of its teacher do.
-    "few-step": dict(teacher="tokens", student_steps=4, sampler="ddim", guidance_scale=5.0, label_dropout=0.0, epochs=10,
-                     learning_rate=4e-4, warmup_steps=50, decay_fraction=1.0),
+    "few-step": dict(teacher="tokens", student_steps=4, label_dropout=0.0, epochs=10, learning_rate=4e-4,
+                     warmup_steps=50, decay_fraction=1.0, sampler="ddim", guidance_scale=5.0),
     # Ours in the latents of an autoencoder (4 x 16 x 16), which is trained first.
     "latent": dict(space="latents", patch=1, channels=(96, 144, 192), attention=("none", "cross", "cross")),
     # Report A. Assumed: widths, two layers a block, attention in the middle block, linear schedule, Dropout(0.1). It
