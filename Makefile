@@ -50,6 +50,8 @@ experiments: .venv/installed
 	$(EXPERIMENT) $(SMALL) guidance=none
 	$(EXPERIMENT) channels=[16,24,32] norm_groups=8
 	$(EXPERIMENT) channels=[48,64,96]
+	$(BIN)/python run_notebooks.py --profile shipped --only 06 -p preset=linear-512 -p channels=[32,32,64,64] \
+	  -p epochs=1 -p max_images=12288 -p learning_rate=8e-4 -p sampler=ddim -p steps=50 -p seeds=4
 	$(BIN)/python run_notebooks.py --profile shipped --only 06 -p score=false \
 	  --sweep preset=latent,few-step,mlp-fusion,linear-attn,cross-attention,linear-512,linear-512-six
 	$(BIN)/python run_notebooks.py --profile shipped --only 06

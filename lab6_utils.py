@@ -275,6 +275,8 @@ class Settings:
             )
 
     def _check_student(self):
+        if self.guidance not in ("none", "classifier-free", "classifier-2"):
+            raise ValueError(f"guidance={self.guidance!r}: a student knows none, classifier-free and classifier-2")
         learns = dict(space="pixels", conditioning="tokens", label_dropout=0, flip=False, loss_weighting="none",
                       sampler="ddim", steps=self.student_steps)  # fmt: skip
         wrong = [f"{name}={value!r}" for name, value in learns.items() if getattr(self, name) != value]
@@ -839,6 +841,9 @@ def alphas_bar(schedule: str, T: int = 1000, reference: int = 32, zero_snr: bool
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r}: choose from {', '.join(SCHEDULES)}")
     alpha_bar = SCHEDULES[schedule](T, reference)
+    if alpha_bar.shape != (T,) or not ((alpha_bar > 0) & (alpha_bar < 1)).all() or (alpha_bar.diff() > 0).any():
+        raise ValueError(f"schedule={schedule!r}: it must return {T} values of alpha_bar, the share of the picture's "
+                         "variance that is left, between 0 and 1 and falling (not beta)")  # fmt: skip
     if zero_snr:
         root = alpha_bar.sqrt()
         alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
@@ -2983,6 +2988,16 @@ def systems_table(settings: Settings) -> str:
 def settings_of(row: dict) -> Settings:
     """Every setting of an experiment in results.json, also what it left to its preset."""
     return make_settings(**{"preset": row["system"], "device": "cpu"} | row["experiment"])
+
+
+def is_known(row: dict) -> bool:
+    """Whether this version knows the settings of an experiment; if not, say so."""
+    try:
+        settings_of(row)
+    except ValueError as error:
+        print(f"not compared: an experiment of {row['system']} in results.json ({error})")
+        return False
+    return True
 
 
 def compare_experiments(rows: list[dict], *choice: str) -> dict[tuple, list[dict]]:

@@ -147,7 +147,10 @@ def test_no_such_teacher(synthetic, runs):
         (dict(label_dropout=0.1), "a student needs label_dropout=0"),
         (dict(prediction="epsilon"), "a student needs prediction='v_prediction'"),
         (dict(conditioning="linear", attention=["none"] * 3), "a student needs conditioning='tokens'"),
-        (dict(guidance="composition"), "label_dropout=0 with guidance='composition'"),
+        (
+            dict(guidance="composition"),
+            "guidance='composition': a student knows none, classifier-free and classifier-2",
+        ),
     ],
 )
 def test_no_student_without_a_teacher(given, words):

@@ -639,3 +639,9 @@ def test_the_shipped_pipeline_draws_what_is_asked_for(real_files):
     sets = real_files.test[-8:]
     accuracy = lab.Evaluator.find().eval(lab.sample(pipe, sets, settings), lab.encode_labels(sets))
     assert accuracy >= 0.6, "one seed, few steps; labels that are ignored give 0.1"
+
+
+def test_an_experiment_with_a_schedule_that_is_gone(capsys):
+    row = {"system": "tokens", "experiment": {"schedule": "quadratic", "profile": "tiny"}}
+    assert lab.is_known(row | {"experiment": {"schedule": "cosine", "profile": "tiny"}}) and not lab.is_known(row)
+    assert "an experiment of tokens in results.json (schedule='quadratic': choose from" in capsys.readouterr().out

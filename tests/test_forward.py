@@ -155,3 +155,17 @@ def test_ancestral_sampling_takes_every_step():
 def test_unknown_sampler():
     with pytest.raises(ValueError, match="sampler='euler': choose from ddpm, ddim"):
         lab.make_sampler("euler", lab.make_scheduler(tiny()))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda T, reference: torch.linspace(1e-4, 0.02, T, dtype=torch.float64),  # beta
+        lambda T, reference: torch.linspace(0.99, 0.01, 10, dtype=torch.float64),
+        lambda T, reference: torch.linspace(1.0, 0.01, T, dtype=torch.float64),
+    ],
+)
+def test_a_schedule_that_is_none(monkeypatch, wrong):
+    monkeypatch.setitem(lab.SCHEDULES, "own", wrong)
+    with pytest.raises(ValueError, match="schedule='own': it must return 100 values of alpha_bar"):
+        lab.alphas_bar("own", 100)
