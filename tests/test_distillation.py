@@ -110,6 +110,8 @@ def test_a_student_is_trained_and_asked_once_a_step(synthetic, teacher_folder, r
     assert lab.count_evaluations(settings, lab.encode_labels(SETS), student=True) == 4
     assert pipe.guidances == ("none", "classifier-free", "classifier-1", "classifier-2")
     assert lab.samplers_for(pipe, settings) == ["ddim"] and pipe.scales[-1] == lab.MAX_GUIDANCE_SCALE
+    scale, steps = lab.guidance_explorer(pipe, settings).children[1].children[3:5]
+    assert steps.disabled and scale.continuous_update and scale.max == lab.MAX_GUIDANCE_SCALE, "it follows the slider"
     with pytest.raises(ValueError, match="no composition"):
         lab.sample(pipe, SETS, settings, guidance="composition")
 
