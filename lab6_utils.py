@@ -181,7 +181,7 @@ class Settings:
     keep: str = "last"  # whose weights the pipeline has: of the last epoch or the best; every: and one each keep_every
     keep_every: int = 10
     max_images: int = 0  # train on the first so many images; 0: all
-    torch_compile: bool = False  # torch.compile the network for training: for a GPU, some minutes after the start
+    torch_compile: bool = False  # torch.compile the network for training: starts minutes later, then is faster
     leave_out: str = "none"  # unseen: train on no picture that shows a set of `unseen_sets`; random: on as few others
     rendered_scenes: int = 300  # how many to render where there are no course files
 
@@ -586,8 +586,8 @@ def read_data(root: Path) -> DataFiles:
         sets[split] = _read_json(root / f"{split}.json")
     for split, label_sets in sets.items():
         try:
-            if any(isinstance(label_set, str) for label_set in label_sets):
-                raise ValueError("expected a list of labels for each picture")
+            if not label_sets or any(isinstance(label_set, str) for label_set in label_sets):
+                raise ValueError("expected a list of labels for each of one or more pictures")
             encode_labels(label_sets)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{root / f'{split}.json'}: {error}") from None
@@ -1152,17 +1152,20 @@ _OF_NETWORK = ("patch", "channels", "layers_per_block", "attention", "up_attenti
                "scale_shift", "conditioning", "token_dim")  # fmt: skip
 
 
+def _arguments_of_denoiser(settings):
+    return {name: getattr(settings, name) for name in _OF_NETWORK} | dict(
+        null_condition=settings.label_dropout > 0,
+        student_steps=settings.student_steps,
+        image_channels=3 if settings.space == "pixels" else settings.latent_channels,
+        image_size=settings.image_size,
+    )
+
+
 def make_denoiser(settings: Settings, device: str | None = None) -> Denoiser:
     """The network of `settings`, initialised from its seed, on their device or another ("meta": shapes only)."""
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
         torch.manual_seed(settings.seed)
-        denoiser = Denoiser(
-            **{name: getattr(settings, name) for name in _OF_NETWORK},
-            null_condition=settings.label_dropout > 0,
-            student_steps=settings.student_steps,
-            image_channels=3 if settings.space == "pixels" else settings.latent_channels,
-            image_size=settings.image_size,
-        )
+        denoiser = Denoiser(**_arguments_of_denoiser(settings))
     return denoiser.to(device or settings.device, memory_format=torch.channels_last)
 
 
@@ -1170,11 +1173,17 @@ def count_flops(settings: Settings) -> int:
     """Floating-point operations of the network of `settings` in one pass forward over one picture, as torch's
     FlopCounterMode counts them: matrix products, convolutions and attention. A step of training takes three times as
     many for each picture."""
+    return _count_flops(**_arguments_of_denoiser(settings))
+
+
+@functools.cache  # experiments by the dozen have the same network
+def _count_flops(**arguments):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    denoiser, size = make_denoiser(settings, "cpu"), settings.image_size
-    channels = denoiser.config.image_channels
+    with torch.random.fork_rng(devices=[]):
+        denoiser = Denoiser(**arguments)
+    channels, size = arguments["image_channels"], arguments["image_size"]
     whole = sdpa_kernel(SDPBackend.MATH)  # the counter does not know the CPU's fused attention
     with FlopCounterMode(display=False) as counter, torch.no_grad(), whole:
         denoiser(torch.zeros(1, channels, size, size), torch.tensor(0), encode_labels(MANUAL_SET))
@@ -1481,6 +1490,15 @@ class Trajectories:
         return x_0, (x_t - a * x_0) / b, t, self.scales[rows]
 
 
+def _find_teacher(settings):
+    folder = WEIGHTS / settings.teacher
+    folder = folder if folder.is_dir() else ROOT / settings.teacher
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"teacher={settings.teacher!r}: no pipeline in {folder}; give a preset that ships "
+                                "(data/weights) or a pipeline's folder")  # fmt: skip
+    return folder
+
+
 def load_teacher(settings: Settings) -> ICLEVRPipeline:
     """The pipeline that `settings.teacher` names (a preset that ships, or a folder), with a deterministic sampler that
     needs few steps.
@@ -1489,12 +1507,7 @@ def load_teacher(settings: Settings) -> ICLEVRPipeline:
         FileNotFoundError: there is none.
         ValueError: its network, or its noise, is not what the student begins with.
     """
-    folder = WEIGHTS / settings.teacher
-    folder = folder if folder.is_dir() else ROOT / settings.teacher
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"teacher={settings.teacher!r}: no pipeline in {folder}; give a preset that ships "
-                                "(data/weights) or a pipeline's folder")  # fmt: skip
-    teacher = load_pipeline(settings, str(folder))
+    teacher = load_pipeline(settings, str(_find_teacher(settings)))
     here = {name: getattr(settings, name) for name in _OF_NETWORK}
     here |= {name: make_scheduler(settings).config[name] for name in ("trained_betas", "prediction_type")}
     there = dict(teacher.denoiser.config) | dict(teacher.scheduler.config)
@@ -2006,6 +2019,19 @@ def load_pipeline(settings: Settings, weights: str = "auto") -> ICLEVRPipeline:
     Raises:
         FileNotFoundError: there is none, and which notebook makes it.
     """
+    folder = _find_pipeline(settings, weights)
+    diffusers_logging.disable_progress_bar()  # of loading two files
+    pipe = ICLEVRPipeline.from_pretrained(folder, local_files_only=True).to(settings.device)
+    pipe.set_progress_bar_config(disable=headless())
+    pipe.denoiser.to(memory_format=torch.channels_last)
+    pipe.scheduler = make_sampler(settings.sampler, pipe.scheduler)
+    pipe.weights_sha256 = sha256_of(folder / "denoiser" / "diffusion_pytorch_model.safetensors")
+    history = load_history(folder)
+    pipe.images_seen = history[-1]["images_seen"] if history else None
+    return pipe
+
+
+def _find_pipeline(settings, weights):
     shipped = WEIGHTS / settings.preset
     if weights == "auto":
         own = settings.run or settings.profile in ("full", "tiny") or not shipped.is_dir()
@@ -2016,15 +2042,18 @@ def load_pipeline(settings: Settings, weights: str = "auto") -> ICLEVRPipeline:
             f"No trained pipeline in {folder}: run notebook 03_model_and_training with profile={settings.profile!r} "
             f"and preset={settings.preset!r} first" + (", or choose weights='shipped'" if shipped.is_dir() else "")
         )
-    diffusers_logging.disable_progress_bar()  # of loading two files
-    pipe = ICLEVRPipeline.from_pretrained(folder, local_files_only=True).to(settings.device)
-    pipe.set_progress_bar_config(disable=headless())
-    pipe.denoiser.to(memory_format=torch.channels_last)
-    pipe.scheduler = make_sampler(settings.sampler, pipe.scheduler)
-    pipe.weights_sha256 = sha256_of(folder / "denoiser" / "diffusion_pytorch_model.safetensors")
-    history = load_history(folder)
-    pipe.images_seen = history[-1]["images_seen"] if history else None
-    return pipe
+    return folder
+
+
+def check_files(settings: Settings, weights: str = "auto", evaluator: str = "auto"):
+    """Raise FileNotFoundError where a pipeline, teacher or evaluator that is named, and not made by the run, is not
+    there. Arguments as for `load_pipeline` and `prepare_evaluator`."""
+    if weights not in ("auto", "trained"):
+        _find_pipeline(settings, weights)
+    if settings.teacher:
+        _find_teacher(settings)
+    if evaluator != "auto":
+        Evaluator.file_of(evaluator)
 
 
 def run_folder(settings: Settings) -> Path:
@@ -2200,6 +2229,15 @@ class Evaluator:
         self.network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.name, self.sha256, self.device = name, sha256, device
 
+    @staticmethod
+    def file_of(path: Path | str) -> Path:
+        """The file at `path` (from the project's folder on) or in that folder; raises FileNotFoundError."""
+        path = ROOT / path
+        file = path / "model.safetensors" if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(f"No evaluator at {file}: train one in 05_evaluation with train_evaluator")
+        return file
+
     @classmethod
     def load(cls, path: Path | str, device: str = "cpu") -> Evaluator:
         """Read the course's checkpoint.pth, or a folder that `train_evaluator` wrote.
@@ -2211,11 +2249,7 @@ class Evaluator:
         """
         from safetensors import safe_open
 
-        path = Path(path)
-        file = path / "model.safetensors" if path.is_dir() else path
-        if not file.is_file():
-            raise FileNotFoundError(f"No evaluator at {file}: train one in 05_evaluation with train_evaluator")
-        name = "course"
+        file, name = cls.file_of(path), "course"
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as opened:
@@ -2919,15 +2953,26 @@ def name_of(preset: str, choices: dict) -> str:
 
 
 def load_results(settings: Settings, kind: str = "results") -> list[dict]:
-    """The measurements of settings.figures/results.json; for the folder quick/ also those of the folder above.
+    """The measurements of settings.figures/results.json, and, but for the profile tiny, those that it does not have
+    of the folder above quick/ and of figures/, which ships.
 
     kind: "results" of the workbook's model, or "experiments" and "trainings" (loss curves) of notebook 06.
     """
-    folders = [settings.figures, *([settings.figures.parent] if settings.figures.name == "quick" else [])]
+    folders = [settings.figures]
+    if settings.profile != "tiny":
+        folders += [settings.figures.parent] * (settings.figures.name == "quick") + [ROOT / "figures"]
     files = [folder / "results.json" for folder in folders]
-    return [
-        row for file in files if file.exists() for row in json.loads(file.read_text(encoding="utf-8")).get(kind, [])
-    ]
+    found = [row for file in files if file.exists() for row in _read_json(file).get(kind, [])]
+    first = {}
+    for row in found:
+        first.setdefault(json.dumps([row.get(name) for name in _same_measurement(kind)]), row)
+    return list(first.values())
+
+
+def _same_measurement(kind):
+    """By which keys two rows of results.json are the same measurement."""
+    what = "weights_sha256" if kind == "results" else "experiment"
+    return (what, "system", "data", "split", "evaluator_sha256", "sampler", "steps", "guidance", "seeds")
 
 
 #: What the reports say of their systems: accuracy on test.json and new_test.json, and what they counted.
@@ -3111,8 +3156,7 @@ def save_result(settings: Settings, record: dict, kind: str = "results"):
     path = settings.figures / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = record | {"device": device_name(settings), "commit": commit()}
-    what = "weights_sha256" if kind == "results" else "experiment"
-    same = (what, "system", "data", "split", "evaluator_sha256", "sampler", "steps", "guidance", "seeds")
+    same = _same_measurement(kind)
     with FileLock(path.with_suffix(".lock")):  # runs side by side write to one file
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": 1, "results": []}
         rows = [r for r in content.get(kind, []) if any(r.get(name) != record.get(name) for name in same)]

@@ -122,7 +122,8 @@ def check_parameters(paths, assignments):
             raise Refused(f"-p {assignment}: " + ("use --profile" if equals else "write name=value"))
         takers = [path for path in paths if name in defaults[path]]
         if not takers:
-            close = difflib.get_close_matches(name, {n for known in defaults.values() for n in known}, n=1)
+            names = {n: None for known in defaults.values() for n in known}
+            close = [n for n in names if name in n] or difflib.get_close_matches(name, names, n=1)
             lines = [f"-p {assignment}: no such parameter" + (f"; did you mean {close[0]}?" if close else "")]
             lines += [f"  {path.stem} has {', '.join(n for n in defaults[path] if n != 'profile')}" for path in paths]
             raise Refused("\n".join(lines))
@@ -641,7 +642,9 @@ def main(argv=None, notebooks=NOTEBOOKS):
             for _, parameters in jobs.values():  # a value that cannot be is refused now, not in the notebook
                 settings_with(parameters)
                 lab6_utils.choose_splits(parameters.get("split", "both"))
-        except ValueError as error:
+                named = {name: parameters[name] for name in ("weights", "evaluator") if name in parameters}
+                lab6_utils.check_files(settings_with(parameters), **named)
+        except (ValueError, FileNotFoundError) as error:
             raise Refused(error) from None
         if args.train:
             (_, given), *_ = jobs.values()

@@ -233,6 +233,7 @@ def test_only_the_missing_file_is_named(data):
         ("test.json", '[["red cube", "red cube"]]', "is twice"),
         ("new_test.json", '[["red cube"], 3]', ""),
         ("new_test.json", "[[]]", "is empty"),
+        ("test.json", "[]", "one or more pictures"),
     ],
 )
 def test_a_wrong_json_file_is_named(data, name, text, words):

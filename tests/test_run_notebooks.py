@@ -88,6 +88,8 @@ def test_parameters_go_to_the_notebooks_that_have_them(folder):
     assert given == {first: {"seed": 7, "split": "a=b"}, second: {"scale": 3.0, "seed": 7}}
     with pytest.raises(Refused, match=r"(?s)did you mean scale\?.*01_a has .*02_b has"):
         check_parameters(paths, ["scal=3"])
+    with pytest.raises(Refused, match=r"did you mean labels\?"):
+        check_parameters(paths, ["label=3"])
     with pytest.raises(Refused, match=r"02_b wants float, such as its default 2\.0"):
         check_parameters(paths, ["scale=big"])
     with pytest.raises(Refused, match="use --profile"):
@@ -106,6 +108,9 @@ def test_parameters_go_to_the_notebooks_that_have_them(folder):
         ["-p", "sampler=best"],
         ["-p", "split=train"],
         ["-p", "seed=-3"],
+        ["-p", "weights=nowhere"],
+        ["-p", "evaluator=data/nowhere.pth"],
+        ["-p", "preset=few-step", "-p", "teacher=nowhere"],
         ["--sweep", "seed=0,x"],
         ["--sweep", "sampler=ddim,best"],
         ["--sweep", "seed"],
@@ -116,7 +121,8 @@ def test_parameters_go_to_the_notebooks_that_have_them(folder):
     ],
 )
 def test_refused_before_anything_runs(folder, capsys, request_):
-    write_notebook(folder / "01_a.ipynb", "open('ran', 'w')", parameters=PARAMETERS + 'sampler = ""\nsplit = "both"\n')
+    more = 'sampler = ""\nsplit = "both"\npreset = "tokens"\nweights = "auto"\nteacher = None\nevaluator = "auto"\n'
+    write_notebook(folder / "01_a.ipynb", "open('ran', 'w')", parameters=PARAMETERS + more)
     assert run(folder, *request_) == 2
     assert capsys.readouterr().err.count("\n") <= 2
     assert not (folder / "ran").exists() and not executed(folder).exists()
