@@ -181,7 +181,7 @@ class Settings:
     keep: str = "last"  # whose weights the pipeline has: of the last epoch or the best; every: and one each keep_every
     keep_every: int = 10
     max_images: int = 0  # train on the first so many images; 0: all
-    torch_compile: bool = False  # torch.compile the network for training: starts minutes later, then is faster
+    torch_compile: bool = False  # torch.compile the network for training: for a GPU, some minutes after the start
     leave_out: str = "none"  # unseen: train on no picture that shows a set of `unseen_sets`; random: on as few others
     rendered_scenes: int = 300  # how many to render where there are no course files
 
@@ -1645,7 +1645,7 @@ def _train(settings, dataset, folder, resume, accelerator):
     ema.to(settings.device)
     weights = loss_weights(settings, scheduler.alphas_cumprod).to(settings.device)
     network, optimizer = accelerator.prepare(denoiser, optimizer)
-    network = torch.compile(network.train()) if settings.torch_compile else network.train()
+    network.train()
 
     size = min(settings.batch_size, len(dataset))
     steps = len(dataset) // size
@@ -1662,19 +1662,25 @@ def _train(settings, dataset, folder, resume, accelerator):
         drawn = draw_trajectories(settings, dataset.labels, teacher, part)
         accelerator.wait_for_everyone()
         dataset = Trajectories(settings, dataset.labels, drawn)
+
+    def loss_of(network, step):
+        batch = training_batch(settings, dataset, scheduler, step, part)
+        with autocast(settings), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(make_generator(settings.seed, 2, step).initial_seed())  # of dropout
+            null = batch["null"] if settings.label_dropout else None
+            prediction = network(batch["x_t"], batch["t"], batch["labels"], null, batch["scale"])
+        errors = (prediction.float() - batch["target"]).pow(2).mean((1, 2, 3))
+        return (weights[batch["t"]] * errors).mean()
+
+    if settings.torch_compile and done < settings.epochs:
+        network = _compiled(network, lambda network: loss_of(network, done * steps))
     writer = SummaryWriter(folder / "tensorboard", purge_step=done * steps + 1) if accelerator.is_main_process else None
     start = time.perf_counter()
     for epoch in range(done, settings.epochs):
         losses = torch.zeros((), device=settings.device)
         epoch_start = time.perf_counter()
         for step in progress(range(epoch * steps, (epoch + 1) * steps), f"epoch {epoch + 1}/{settings.epochs}"):
-            batch = training_batch(settings, dataset, scheduler, step, part)
-            with autocast(settings), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(make_generator(settings.seed, 2, step).initial_seed())  # of dropout
-                null = batch["null"] if settings.label_dropout else None
-                prediction = network(batch["x_t"], batch["t"], batch["labels"], null, batch["scale"])
-            errors = (prediction.float() - batch["target"]).pow(2).mean((1, 2, 3))
-            loss = (weights[batch["t"]] * errors).mean()
+            loss = loss_of(network, step)
             accelerator.backward(loss)
             if settings.gradient_clip:
                 accelerator.clip_grad_norm_(network.parameters(), settings.gradient_clip)
@@ -1713,6 +1719,30 @@ def _train(settings, dataset, folder, resume, accelerator):
             _write_atomically(folder / "checkpoint.pt", lambda p, s=state: torch.save(s, p))
             write_json(folder / "history.json", history)
         yield Epoch(**record, pipeline=pipeline)
+
+
+def _compiled(network, loss_of):
+    """The network by torch.compile, once a first backward pass has shown that it learns as the network itself does.
+
+    On a CPU torch 2.13 compiles the network of `tokens` wrongly: no gradient passes an upsampling, while the loss still
+    falls, for what comes after it learns.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    compiled, gradients = torch.compile(network), []
+    for each in (network, compiled):
+        loss_of(each).backward()
+        gradients.append([None if p.grad is None else p.grad.clone() for p in network.parameters()])
+        network.zero_grad()
+    pairs = [(own, other) for own, other in zip(*gradients, strict=True) if own is not None and own.any()]
+    wrong = sum(1 for own, other in pairs if other is None or (own - other).norm() > 0.5 * own.norm())
+    if wrong > len(pairs) / 2:  # rounding and dropout make some difference, too
+        raise RuntimeError(
+            f"torch_compile=True: what torch {torch.__version__} compiles here would learn badly, {wrong} of "
+            f"{len(pairs)} gradients are not the network's own. Train with torch_compile=False"
+        )
+    return compiled
 
 
 def count_processes(settings: Settings, dataset: ICLEVRDataset) -> int:

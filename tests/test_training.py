@@ -273,6 +273,14 @@ def test_a_compiled_network_learns_the_same(small, straight, tmp_path, monkeypat
     assert len(captured) == 1 and [r.loss for r in records] == pytest.approx([r.loss for r in straight[1]], rel=1e-4)
 
 
+def test_a_network_that_is_compiled_wrongly_is_not_trained(small, tmp_path, monkeypatch):
+    stuck = lambda network: lambda *inputs: network(*inputs).detach().requires_grad_()
+    monkeypatch.setattr(torch, "compile", stuck)
+    with pytest.raises(RuntimeError, match=r"torch_compile=True: .* Train with torch_compile=False"):
+        run(tiny(torch_compile=True), small, tmp_path / "stuck")
+    assert not (tmp_path / "stuck" / "checkpoint.pt").exists()
+
+
 def test_bf16_trains_float32_weights(small, tmp_path):
     (record,) = run(tiny(precision="bf16", batch_size=8, epochs=1), small, tmp_path / "bf16")
     (exact,) = run(tiny(precision="fp32", batch_size=8, epochs=1), small, tmp_path / "fp32")
