@@ -123,7 +123,7 @@ def check_parameters(paths, assignments):
         takers = [path for path in paths if name in defaults[path]]
         if not takers:
             names = {n: None for known in defaults.values() for n in known}
-            close = [n for n in names if name in n] or difflib.get_close_matches(name, names, n=1)
+            close = [n for n in names if name in n.split("_")] or difflib.get_close_matches(name, names, n=1)
             lines = [f"-p {assignment}: no such parameter" + (f"; did you mean {close[0]}?" if close else "")]
             lines += [f"  {path.stem} has {', '.join(n for n in defaults[path] if n != 'profile')}" for path in paths]
             raise Refused("\n".join(lines))

@@ -173,7 +173,9 @@ def measure_training(settings):
             for compiled in (False, True) if settings.device == "cuda" else (False,):
                 try:
                     rate = ours_trains(own, files, batch, steps, compiled)
-                except RuntimeError as error:  # it can be compiled wrongly
+                except RuntimeError as error:  # such as: compiled wrongly
+                    if not compiled:
+                        raise
                     print(f"progress: {error}", flush=True)
                     continue
                 done = 3 * lab.count_flops(own) * rate / 1e12

@@ -606,9 +606,9 @@ def test_what_ships_is_known_wherever_figures_go_but_for_what_was_measured_again
     assert lab.load_results(settings) == ship
     lab.save_result(settings, ship[0] | dict(accuracy=0.5))
     lab.save_result(lab.make_settings("quick", device="cpu"), ship[1] | dict(accuracy=0.25))
-    assert lab.load_results(settings)[0]["accuracy"] == 0.5 and len(lab.load_results(settings)) == len(ship)
+    assert lab.load_results(settings)[-1]["accuracy"] == 0.5 and len(lab.load_results(settings)) == len(ship)
     quick = lab.load_results(lab.make_settings("quick", device="cpu"))
-    assert [row["accuracy"] for row in quick[:2]] == [0.25, 0.5] and len(quick) == len(ship)
+    assert [row["accuracy"] for row in quick[-2:]] == [0.5, 0.25] and len(quick) == len(ship)
     assert lab.load_results(lab.make_settings("tiny", device="cpu")) == []
 
 

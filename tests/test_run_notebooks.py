@@ -88,8 +88,11 @@ def test_parameters_go_to_the_notebooks_that_have_them(folder):
     assert given == {first: {"seed": 7, "split": "a=b"}, second: {"scale": 3.0, "seed": 7}}
     with pytest.raises(Refused, match=r"(?s)did you mean scale\?.*01_a has .*02_b has"):
         check_parameters(paths, ["scal=3"])
-    with pytest.raises(Refused, match=r"did you mean labels\?"):
-        check_parameters(paths, ["label=3"])
+    more = "num_timesteps = 3\nguidance_scale = 2.0\nsteps = 1\n"
+    write_notebook(folder / "03_c.ipynb", parameters=PARAMETERS + more)
+    for name, meant in (("guidance", "guidance_scale"), ("step", "steps")):
+        with pytest.raises(Refused, match=rf"did you mean {meant}\?"):
+            check_parameters(choose_notebooks(folder, "03"), [f"{name}=3"])
     with pytest.raises(Refused, match=r"02_b wants float, such as its default 2\.0"):
         check_parameters(paths, ["scale=big"])
     with pytest.raises(Refused, match="use --profile"):

@@ -1,6 +1,7 @@
 """Section 5 of lab6_utils: what a training step sees, exact resume, EMA, checkpoints, the learning rate."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -273,12 +274,29 @@ def test_a_compiled_network_learns_the_same(small, straight, tmp_path, monkeypat
     assert len(captured) == 1 and [r.loss for r in records] == pytest.approx([r.loss for r in straight[1]], rel=1e-4)
 
 
-def test_a_network_that_is_compiled_wrongly_is_not_trained(small, tmp_path, monkeypatch):
-    stuck = lambda network: lambda *inputs: network(*inputs).detach().requires_grad_()
-    monkeypatch.setattr(torch, "compile", stuck)
+def without_its_middle(network, *inputs):
+    hook = network.unet.mid_block.register_forward_hook(lambda module, args, output: output.detach())
+    prediction = network(*inputs)
+    hook.remove()
+    return prediction
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda network, *inputs: network(*inputs).detach().requires_grad_(),
+        lambda network, *inputs: network(*inputs) * torch.nan,
+        lambda network, *inputs: 3 * (out := network(*inputs)) - 2 * out.detach(),
+        without_its_middle,
+    ],
+    ids=["none", "nan", "larger", "none in the middle"],
+)
+def test_a_network_that_is_compiled_wrongly_is_not_trained(small, tmp_path, monkeypatch, wrong):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or functools.partial(wrong, network))
     with pytest.raises(RuntimeError, match=r"torch_compile=True: .* Train with torch_compile=False"):
-        run(tiny(torch_compile=True), small, tmp_path / "stuck")
-    assert not (tmp_path / "stuck" / "checkpoint.pt").exists()
+        run(tiny(torch_compile=True), small, tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists() and all(p.grad is None for p in compiled[0].parameters())
 
 
 def test_bf16_trains_float32_weights(small, tmp_path):
