@@ -211,7 +211,8 @@ class Settings:
         for name, type_ in _TYPES.items():
             may_be_zero = type_ is float or name in zero_says_something
             if type_ in (int, float) and getattr(self, name) < (0 if may_be_zero else 1):
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {0 if may_be_zero else 1}")
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {0 if may_be_zero else 1}"
+                                 + ", or 0 for all T" * (name == "steps"))  # fmt: skip
         for name in ("ema_decay", "decay_fraction"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at most 1")
@@ -1731,6 +1732,7 @@ def _compiled(network, loss_of):
         RuntimeError: it does not.
     """
     compiled, gradients = torch.compile(network), []
+    print("progress: compiling the network, which takes a minute or more", flush=True)
     for each in (network, compiled):
         loss_of(each).backward()
         gradients.append([None if p.grad is None else p.grad.clone() for p in network.parameters()])
@@ -2066,9 +2068,13 @@ def _find_pipeline(settings, weights):
     if weights == "auto":
         own = settings.run or settings.profile in ("full", "tiny") or not shipped.is_dir()
         weights = "trained" if own else "shipped"
-    folder = {"shipped": shipped, "trained": run_folder(settings) / "pipeline"}.get(weights)
-    folder = folder or ROOT / Path(weights).expanduser()
+    named = {"shipped": shipped, "trained": run_folder(settings) / "pipeline"}
+    folder = named.get(weights) or ROOT / Path(weights).expanduser()
     if not (folder / "model_index.json").is_file():
+        if weights not in named:
+            raise FileNotFoundError(
+                f"weights={weights!r}: no pipeline in {folder}; choose auto, shipped, trained or a pipeline's folder"
+            )
         raise FileNotFoundError(
             f"No trained pipeline in {folder}: run notebook 03_model_and_training with profile={settings.profile!r} "
             f"and preset={settings.preset!r} first" + (", or choose weights='shipped'" if shipped.is_dir() else "")
@@ -2267,7 +2273,9 @@ class Evaluator:
         path = ROOT / Path(path).expanduser()
         file = path / "model.safetensors" if path.is_dir() else path
         if not file.is_file():
-            raise FileNotFoundError(f"No evaluator at {file}: train one in 05_evaluation with train_evaluator")
+            raise FileNotFoundError(
+                f"No evaluator at {file}: name a checkpoint.pth or a folder of train_evaluator's, or choose 'auto'"
+            )
         return file
 
     @classmethod

@@ -141,7 +141,7 @@ def test_a_network_with_another_head_is_refused(tmp_path):
 
 
 def test_missing_weights_say_how_to_make_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No evaluator at .*model\.safetensors: train one"):
+    with pytest.raises(FileNotFoundError, match=r"No evaluator at .*model\.safetensors: name a"):
         lab.Evaluator.load(tmp_path)
 
 
