@@ -306,7 +306,7 @@ class Settings:
         profile and whenever there are fewer than 16 seeds."""
         if self.profile == "tiny":
             return self.runs / "tiny" / "figures"
-        base = Path(os.environ.get("LAB6_FIGURES") or ROOT / "figures").expanduser().resolve()
+        base = _folder_named_by("LAB6_FIGURES") or ROOT / "figures"
         return base / "quick" if self.profile == "quick" or self.seeds < 16 else base
 
 
@@ -387,8 +387,19 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
     return Settings(**values)
 
 
+def _folder_named_by(variable):
+    """The folder that an environment variable names, absolute, or None."""
+    named = os.environ.get(variable)
+    return Path(named).expanduser().resolve() if named else None
+
+
+def _from_project(path):
+    """A path that somebody gave, from the project's folder on."""
+    return ROOT / Path(path).expanduser()
+
+
 def _runs_folder():
-    return Path(os.environ.get("LAB6_RUNS") or ROOT / "data" / "runs").expanduser().resolve()
+    return _folder_named_by("LAB6_RUNS") or ROOT / "data" / "runs"
 
 
 def _computes_bf16(device):
@@ -550,8 +561,8 @@ def find_data(rendered_scenes: int = 300) -> DataFiles:
         ValueError: a json file that is not what the course ships, by name.
         RuntimeError: scenes are to be rendered, and Mitsuba does not work.
     """
-    chosen = os.environ.get("LAB6_DATA")
-    root = Path(chosen).expanduser().resolve() if chosen else ROOT / "data"
+    chosen = _folder_named_by("LAB6_DATA")
+    root = chosen or ROOT / "data"
     names = ("iclevr", "iclevr.zip", "objects.json", "object.json", "train.json", "test.json", "new_test.json")
     if not chosen and not any((root / name).exists() for name in names):
         root = _render(rendered_scenes)
@@ -1493,7 +1504,7 @@ class Trajectories:
 
 def _find_teacher(settings):
     folder = WEIGHTS / settings.teacher
-    folder = folder if folder.is_dir() else ROOT / Path(settings.teacher).expanduser()
+    folder = folder if folder.is_dir() else _from_project(settings.teacher)
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"teacher={settings.teacher!r}: no pipeline in {folder}; give a preset that ships "
                                 "(data/weights) or a pipeline's folder")  # fmt: skip
@@ -1735,8 +1746,8 @@ def _compiled(network, loss_of):
     print("progress: compiling the network, which takes a minute or more", flush=True)
     for each in (network, compiled):
         loss_of(each).backward()
-        gradients.append([None if p.grad is None else p.grad.clone() for p in network.parameters()])
-        network.zero_grad()
+        gradients.append([p.grad for p in network.parameters()])
+        network.zero_grad()  # lets go of them: they stay as they are
     pairs = [(own, other) for own, other in zip(*gradients, strict=True) if own is not None and own.any()]
     wrong = sum(1 for own, other in pairs if other is None or not (own - other).norm() <= 0.5 * own.norm())  # or NaN
     if wrong > len(pairs) / 10:  # rounding and dropout make some difference, too
@@ -2069,7 +2080,7 @@ def _find_pipeline(settings, weights):
         own = settings.run or settings.profile in ("full", "tiny") or not shipped.is_dir()
         weights = "trained" if own else "shipped"
     named = {"shipped": shipped, "trained": run_folder(settings) / "pipeline"}
-    folder = named.get(weights) or ROOT / Path(weights).expanduser()
+    folder = named.get(weights) or _from_project(weights)
     if not (folder / "model_index.json").is_file():
         if weights not in named:
             raise FileNotFoundError(
@@ -2085,7 +2096,7 @@ def _find_pipeline(settings, weights):
 def check_files(settings: Settings, weights: str = "auto", evaluator: str = "auto"):
     """Raise FileNotFoundError where a pipeline, teacher or evaluator that is named, and not made by the run, is not
     there. Arguments as for `load_pipeline` and `prepare_evaluator`."""
-    made_here = (ROOT / weights).resolve().is_relative_to(run_folder(settings))  # by notebook 03, perhaps
+    made_here = _from_project(weights).resolve().is_relative_to(run_folder(settings))  # by notebook 03, perhaps
     if weights not in ("auto", "trained") and not made_here:
         _find_pipeline(settings, weights)
     if settings.teacher:
@@ -2270,7 +2281,7 @@ class Evaluator:
     @staticmethod
     def file_of(path: Path | str) -> Path:
         """The file at `path` (from the project's folder on) or in that folder; raises FileNotFoundError."""
-        path = ROOT / Path(path).expanduser()
+        path = _from_project(path)
         file = path / "model.safetensors" if path.is_dir() else path
         if not file.is_file():
             raise FileNotFoundError(

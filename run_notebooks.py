@@ -640,10 +640,9 @@ def main(argv=None, notebooks=NOTEBOOKS):
                 args.profile, **{name: value for name, value in given.items() if name in vars(settings)}
             )
             for _, parameters in jobs.values():  # a value that cannot be is refused now, not in the notebook
-                settings_with(parameters)
-                lab6_utils.choose_splits(parameters.get("split", "both"))
                 named = {name: parameters[name] for name in ("weights", "evaluator") if name in parameters}
                 lab6_utils.check_files(settings_with(parameters), **named)
+                lab6_utils.choose_splits(parameters.get("split", "both"))
         except (ValueError, FileNotFoundError) as error:
             raise Refused(error) from None
         if args.train:
