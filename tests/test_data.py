@@ -195,7 +195,7 @@ def test_data_is_found_in_the_folder_of_the_environment(data):
 def test_data_is_found_in_the_workbooks_own_folder(tmp_path, monkeypatch):
     make_data(tmp_path / "data")
     monkeypatch.delenv("LAB6_DATA")
-    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    monkeypatch.setattr("lab6.files.ROOT", tmp_path)
     assert lab.find_data().root == tmp_path / "data"
 
 
@@ -347,7 +347,7 @@ def test_pictures_that_show_an_unseen_set_are_left_out(data, monkeypatch):
     files = lab.find_data()
     every = lab.ICLEVRDataset(files)
     pair = next(files.train[name] for name in every.names if len(files.train[name]) == 2)
-    monkeypatch.setattr(lab, "unseen_sets", lambda: {"pairs": [pair]})
+    monkeypatch.setattr("lab6.dataset.unseen_sets", lambda: {"pairs": [pair]})
     bears = [set(pair) <= set(files.train[name]) for name in every.names]
     assert 0 < sum(bears) < len(bears) and any(
         len(files.train[n]) == 3 for n, b in zip(every.names, bears, strict=True) if b
@@ -377,7 +377,7 @@ def test_limit_keeps_the_first(data):
 
 def test_the_cache_is_used_again(data, monkeypatch):
     first = lab.ICLEVRDataset(lab.find_data(), "all")
-    monkeypatch.setattr(lab, "_decode_all", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("lab6.dataset._decode_all", lambda *_: pytest.fail("decoded again"))
     again = lab.ICLEVRDataset(lab.find_data(), "all")
     assert torch.equal(first.pixels, again.pixels)
 

@@ -78,7 +78,7 @@ def test_one_step_arrives_where_the_teacher_did(teacher_folder, drawn):
 
 def test_a_drawing_that_was_stopped_goes_on(synthetic, teacher_folder, runs, monkeypatch):
     settings = student(teacher_folder)
-    monkeypatch.setattr(lab, "_AT_A_TIME", 10)
+    monkeypatch.setattr("lab6.distillation._AT_A_TIME", 10)
     labels, count = synthetic.labels[:30], []
 
     class Teacher(lab.ICLEVRPipeline):

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 import lab6_utils as lab
+from lab6 import evaluator_training, storage
 
 # ── The course's protocol ────────────────────────────────────────────────────────────────────────────
 
@@ -146,8 +147,8 @@ def test_missing_weights_say_how_to_make_them(tmp_path):
 
 
 def test_the_courses_checkpoint_comes_first(network, data, monkeypatch, tmp_path):
-    monkeypatch.setattr(lab, "WEIGHTS", tmp_path / "weights")
-    lab._save_weights(network, tmp_path / "weights" / "evaluator" / "model.safetensors")
+    monkeypatch.setattr("lab6.evaluators.WEIGHTS", tmp_path / "weights")
+    evaluator_training.save_weights(network, tmp_path / "weights" / "evaluator" / "model.safetensors")
     files = lab.find_data()
     assert lab.Evaluator.find(files).name == lab.Evaluator.find().name == "resnet18"
     torch.save({"model": network.state_dict()}, data / "checkpoint.pth")
@@ -198,7 +199,8 @@ def test_the_judge_leaves_every_fifth_scene_out(coloured, tmp_path, monkeypatch)
     monkeypatch.setattr(coloured, "pixels", pixels)
     for name in ("_augment", "_augment_for_judge"):
         monkeypatch.setattr(
-            lab, name, lambda images, g: (seen.append((images == 1).flatten(1).all(1).sum()), images)[1]
+            f"lab6.evaluator_training.{name}",
+            lambda images, g: (seen.append((images == 1).flatten(1).all(1).sum()), images)[1],
         )
     for reader, whites in (("judge", False), ("resnet18", True)):
         seen.clear()
@@ -215,7 +217,9 @@ def test_evaluators_learn_from_crowded_scenes_too(coloured, tmp_path, monkeypatc
     loss = torch.nn.functional.binary_cross_entropy_with_logits
     white = lambda images: (images == 1).flatten(1).all(1)
     for name in ("_augment", "_augment_for_judge"):
-        monkeypatch.setattr(lab, name, lambda images, generator: (seen.append(white(images)), images)[1])
+        monkeypatch.setattr(
+            f"lab6.evaluator_training.{name}", lambda images, generator: (seen.append(white(images)), images)[1]
+        )
 
     def check(logits, labels):
         assert torch.equal(seen[-1], labels.sum(1) == 0), "labels stay with their pictures"
@@ -232,13 +236,15 @@ def test_evaluators_learn_from_crowded_scenes_too(coloured, tmp_path, monkeypatc
 def test_evaluators_are_trained_once_for_each_choice(data, runs, coloured, monkeypatch):
     """And the scenes that train them are not those that test them in notebook 06 (seed 2)."""
     asked = []
-    monkeypatch.setattr(lab, "crowded_scenes", lambda scenes, seed: (asked.append((scenes, seed)), coloured)[1])
+    monkeypatch.setattr(
+        evaluator_training, "crowded_scenes", lambda scenes, seed: (asked.append((scenes, seed)), coloured)[1]
+    )
     files = lab.find_data()
     plain, crowded, again = (lab.prepare_judge(tiny(evaluator_scenes=n), files) for n in (0, 7, 7))
     assert asked == [(7, 1)] and plain.sha256 != crowded.sha256 == again.sha256
 
 
-@pytest.mark.parametrize("augment", [lab._augment, lab._augment_for_judge])
+@pytest.mark.parametrize("augment", [evaluator_training._augment, evaluator_training._augment_for_judge])
 def test_augmented_pictures_are_pictures_of_the_same(coloured, augment):
     images = lab.to_float(coloured.pixels[::8])
     varied, again = (augment(images, lab.make_generator(3)) for _ in range(2))
@@ -421,7 +427,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        lab._write_atomically(file, half)
+        storage.write_whole(file, half)
     assert json.loads(file.read_text(encoding="utf-8")) == {"caf\u00e9": 1}
     assert [p.name for p in file.parent.iterdir()] == ["results.json"], "nothing temporary is left"
 

@@ -11,18 +11,21 @@ import torch
 from conftest import make_data
 
 import lab6_utils as lab
+from lab6 import evaluators
 
 # run_notebooks.py in single precision, which logs who writes what.
 PROGRAM = """
 import functools, os, sys
 import lab6_utils as lab, run_notebooks
 lab.make_settings = functools.partial(lab.make_settings, precision="fp32")
-write = lab._write_atomically
+from lab6 import storage, runs, training
+write = storage.write_whole
 def logged(path, do):
     write(path, do)
     with open(os.environ["LAB6_RUNS"] + "/written", "a") as log:
         log.write(f"{os.environ.get('RANK')} {path.name}\\n")
-lab._write_atomically = logged
+for room in (storage, runs, training):
+    room.write_whole = logged
 sys.exit(run_notebooks.main(sys.argv[1:]))
 """
 
@@ -99,10 +102,10 @@ def test_seeds_are_shared_among_processes(guidance, monkeypatch):
     settings = lab.make_settings("tiny", device="cpu", precision="fp32", seeds=3, guidance=guidance, seed=5)
     pipe = lab.ICLEVRPipeline(lab.make_denoiser(settings), lab.make_scheduler(settings))
     pipe.scheduler = lab.make_sampler("ddpm", pipe.scheduler)
-    pipe.classifier = lab.Evaluator(lab._make_reader("judge"), "judge")
+    pipe.classifier = lab.Evaluator(evaluators.make_evaluator_network("judge"), "judge")
     sets = [["red cube"], ["blue sphere", "gray cube"]]
     expected = lab.sample_seeds(pipe, sets, settings)
-    monkeypatch.setattr(lab, "_sample_each", lambda *arguments: pytest.fail("drawn in this process"))
+    monkeypatch.setattr("lab6.sampling._sample_each", lambda *arguments: pytest.fail("drawn in this process"))
     found = lab.sample_seeds(pipe, sets, settings, processes=2)
     assert found.shape == (3, 2, 3, 64, 64)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -149,14 +149,14 @@ def test_without_mitsuba_one_error_says_what_to_install(tmp_path, monkeypatch, r
         render(tmp_path / "out", 1)
     assert not (tmp_path / "out").exists()
     monkeypatch.delenv("LAB6_DATA")
-    monkeypatch.setattr(lab, "ROOT", tmp_path)  # a workbook without course files
+    monkeypatch.setattr("lab6.files.ROOT", tmp_path)  # a workbook without course files
     with pytest.raises(RuntimeError, match="pip install mitsuba"):
         lab.find_data(1)
 
 
 def test_find_data_renders_where_there_is_nothing(tmp_path, runs, monkeypatch):
     monkeypatch.delenv("LAB6_DATA")
-    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    monkeypatch.setattr("lab6.files.ROOT", tmp_path)
     files = lab.find_data(3)
     assert files.root == runs / "rendered-3" and files.source == "rendered scenes" and len(files.train) == 9
     stamp = (files.root / "train.json").stat().st_mtime_ns

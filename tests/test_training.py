@@ -89,13 +89,13 @@ def test_an_interruption_in_mid_epoch_loses_only_that_epoch(small, straight, tmp
             raise KeyboardInterrupt
         return whole(settings, dataset, scheduler, step, *rest)
 
-    monkeypatch.setattr(lab, "training_batch", interrupted)
+    monkeypatch.setattr("lab6.training.training_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tiny(**VARIED), small, tmp_path)
     assert (
         [r["epoch"] for r in checkpoint(tmp_path)["history"]] == [1] == [r["epoch"] for r in lab.load_history(tmp_path)]
     )
-    monkeypatch.setattr(lab, "training_batch", whole)
+    monkeypatch.setattr("lab6.training.training_batch", whole)
     run(tiny(**VARIED), small, tmp_path)
     assert_same(checkpoint(tmp_path), checkpoint(straight[0]))
 
@@ -434,7 +434,7 @@ def weights(pipe_folder):
 
 def test_the_best_epoch_is_kept(small, tmp_path, monkeypatch):
     """Report A's policy. The learning rate rises out of all reason, so the loss does too: an early epoch is best."""
-    monkeypatch.setattr(lab, "learning_rate", lambda settings, step, total: 1e-3 if step < 10 else 3.0)
+    monkeypatch.setattr("lab6.training.learning_rate", lambda settings, step, total: 1e-3 if step < 10 else 3.0)
     kept = {}
     for record in lab.train(tiny(batch_size=8, epochs=4, ema_decay=0.0, keep="best"), small, tmp_path):
         kept[record.epoch] = {k: v.clone() for k, v in record.pipeline.denoiser.state_dict().items()}

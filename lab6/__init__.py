@@ -1,0 +1,1 @@
+"""The rooms behind lab6_utils, which says what is where; import that, not these."""

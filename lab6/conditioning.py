@@ -1,0 +1,96 @@
+"""How the network is told the labels: modules that turn a multi-hot vector into what a U-Net takes. Notebook 03."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lab6.labels import COLOURS, OBJECTS, SHAPES
+
+
+class LinearCondition(nn.Module):
+    """Multi-hot labels through one linear layer, to be added to the time embedding.
+
+    forward(labels (B, 24), null (B,) bool) -> (pooled (B, width), None). Where null, a learned vector stands
+    in: the null condition is not a label vector, and all zeros ("no object") would be one.
+    """
+
+    pools, gives_tokens = True, False
+
+    def __init__(self, width: int, token_dim: int, null_condition: bool):
+        super().__init__()
+        self.linear = nn.Linear(len(OBJECTS), width)
+        self.null = nn.Parameter(torch.zeros(width)) if null_condition else None
+
+    def forward(self, labels, null):
+        pooled = self.linear(labels)
+        return (pooled if self.null is None else torch.where(null[:, None], self.null, pooled)), None
+
+
+class MLPCondition(LinearCondition):
+    """`LinearCondition` with three layers, GELU and dropout between them (report A)."""
+
+    def __init__(self, width: int, token_dim: int, null_condition: bool):
+        super().__init__(width, token_dim, null_condition)
+        between = lambda: (nn.GELU(), nn.Dropout(0.1), nn.Linear(width, width))
+        self.linear = nn.Sequential(self.linear, *between(), *between())
+
+
+class MultiHotCondition(nn.Module):
+    """The multi-hot vector itself as the only token for cross-attention (report C); nothing is pooled.
+
+    forward(labels (B, 24), null (B,) bool) -> (None, (B, 1, 24)). Where null, a learned vector stands in.
+    """
+
+    pools, gives_tokens = False, True
+
+    def __init__(self, width: int, token_dim: int, null_condition: bool):
+        super().__init__()
+        self.null = nn.Parameter(torch.zeros(len(OBJECTS))) if null_condition else None
+
+    def forward(self, labels, null):
+        token = labels if self.null is None else torch.where(null[:, None], self.null.to(labels), labels)
+        return None, token[:, None]
+
+
+class TokenCondition(nn.Module):
+    """One token per object for cross-attention, and a pooled vector to be added to the time embedding.
+
+    An object's token is made of its colour's and its shape's embedding, so what is learned of "red" in a red
+    cube serves for a red sphere. There are as many slots as the fullest set needs, at least three; empty ones
+    hold a learned token, and under the null condition all hold another (a row of masked tokens would leave
+    nothing to attend to).
+
+    forward(labels (B, 24), null (B,) bool) -> (pooled (B, width), tokens (B, slots, token_dim)).
+    """
+
+    pools, gives_tokens = True, True
+
+    def __init__(self, width: int, token_dim: int, null_condition: bool):
+        super().__init__()
+        self.colour = nn.Parameter(torch.randn(1, len(COLOURS), token_dim))
+        self.shape = nn.Parameter(torch.randn(len(SHAPES), 1, token_dim))
+        self.mix = nn.Sequential(nn.Linear(token_dim, token_dim), nn.SiLU(), nn.Linear(token_dim, token_dim))
+        self.empty = nn.Parameter(torch.randn(token_dim))
+        self.pool = nn.Sequential(nn.Linear(len(OBJECTS), width), nn.SiLU(), nn.Linear(width, width))
+        self.null = nn.Parameter(torch.randn(token_dim)) if null_condition else None
+        self.null_pooled = nn.Parameter(torch.zeros(width)) if null_condition else None
+        self.slots = 0  # how many, where that is known: to count them the host would wait for a GPU at every step
+
+    def forward(self, labels, null):
+        table = self.mix((self.shape + self.colour).flatten(0, 1))  # (24, token_dim), in the order of OBJECTS
+        slots = self.slots or max(3, int(labels.sum(1).max()))
+        present, index = labels.sort(dim=1, descending=True, stable=True)
+        tokens = torch.where(present[:, :slots, None] > 0, table[index[:, :slots]], self.empty.to(table))
+        pooled = self.pool(labels)
+        if self.null is not None:
+            tokens = torch.where(null[:, None, None], self.null.to(table), tokens)
+            pooled = torch.where(null[:, None], self.null_pooled.to(pooled), pooled)
+        return pooled, tokens
+
+
+#: Ways of telling the network the labels: name -> module (width of the time embedding, token_dim, null_condition). It
+#: says whether it pools into the time embedding and whether it gives tokens for cross-attention.
+CONDITIONINGS = {
+    "tokens": TokenCondition, "multi-hot": MultiHotCondition, "mlp": MLPCondition, "linear": LinearCondition,
+}  # fmt: skip

@@ -1,0 +1,160 @@
+"""Training images as tensors: decoded once into a cache on disk, read from there. Notebook 01."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import typing
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lab6.files import read_data, render_into_runs, scene_of, unseen_sets
+from lab6.labels import OBJECTS, encode_labels, to_float
+from lab6.machine import make_generator, progress
+from lab6.storage import runs_folder, write_whole
+
+if typing.TYPE_CHECKING:
+    from lab6.files import DataFiles
+    from lab6.settings import Settings
+
+
+def crowded_scenes(scenes: int, seed: int) -> ICLEVRDataset:
+    """Pictures of one to five objects, which the course's data lacks: five a scene, rendered once into data/runs/.
+
+    seed: 1 is what evaluators learn from, 2 what tests them, 0 what stands in for the course's scenes.
+    """
+    return ICLEVRDataset(read_data(render_into_runs(scenes, 5, seed)), "all")
+
+
+class ICLEVRDataset(torch.utils.data.Dataset):
+    """Images with their labels; item i is (image (3, 64, 64) float32 in [-1, 1], labels (24,) multi-hot).
+
+    All images of train.json are decoded and resized once (antialiased bilinear, 4:3 squeezed to a square)
+    into a uint8 file under data/runs/cache/, which is used again while the files' sizes and dates stay.
+
+    Args:
+        files: from `find_data`.
+        split: "train", "held-out" (`files.held_out`) or "all". By scene, never by image, since the pictures of a
+            scene share most of their pixels.
+        limit: keep the first so many images; 0 keeps all.
+        runs: where the cache goes; default data/runs or $LAB6_RUNS.
+        without: file names to leave out.
+
+    Attributes:
+        names: file names; pixels: (N, 3, 64, 64) uint8, memory-mapped; labels: (N, 24).
+    """
+
+    def __init__(self, files: DataFiles, split: str = "train", limit: int = 0, runs: Path | None = None, without=()):
+        if split not in ("train", "held-out", "all"):
+            raise ValueError(f"split={split!r}: choose from train, held-out, all")
+        names = sorted(files.train)
+        held_out = files.held_out
+        keep = [i for i, n in enumerate(names) if split == "all" or (scene_of(n) in held_out) == (split == "held-out")]
+        keep = [i for i in keep if names[i] not in without][: limit or None]
+        pixels = _load_cache(files, names, (runs or runs_folder()) / "cache")
+        self.split, self.source = split, files.source
+        self.names = [names[i] for i in keep]
+        # One contiguous run of scenes stays a view of the file; anything else is gathered once.
+        contiguous = bool(keep) and keep == list(range(keep[0], keep[-1] + 1))
+        self.pixels = pixels[keep[0] : keep[-1] + 1] if contiguous else pixels[keep]
+        self.labels = encode_labels([files.train[n] for n in self.names]) if keep else torch.zeros(0, len(OBJECTS))
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return to_float(self.pixels[index]), self.labels[index]
+
+    def draw(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """x_0 for training: the images of `rows`, (B, 3, 64, 64) in [-1, 1], on the generator's device, to which all
+        images go when it is first asked for (0.2 GB)."""
+        there = getattr(self, "_there", self.pixels)
+        if there.device.type != generator.device.type:  # a generator's device has no number
+            self._there = there = self.pixels.to(generator.device)
+        return to_float(there[rows.to(generator.device)])
+
+
+def training_set(settings: Settings, files: DataFiles) -> ICLEVRDataset:
+    """The images that a denoiser is trained on: the first `max_images` of those that `leave_out` leaves."""
+    out = ()
+    if settings.leave_out != "none":
+        whole = ICLEVRDataset(files, "train")
+        sets = encode_labels([names for kind in unseen_sets().values() for names in kind])
+        shows = (whole.labels @ sets.T == sets.sum(1)).any(1)
+        if settings.leave_out == "random":
+            shows = shows[torch.randperm(len(shows), generator=make_generator(0))]
+        out = {name for name, left_out in zip(whole.names, shows, strict=True) if left_out}
+    return ICLEVRDataset(files, "train", settings.max_images, without=out)
+
+
+def _load_cache(files, names, folder):
+    """(N, 3, 64, 64) uint8 tensor on a memory-mapped file, made when it is missing or out of date."""
+    sources, stamp = _image_sources(files, names)
+    root = hashlib.sha256(str(files.images).encode()).hexdigest()[:8]
+    path = Path(folder) / f"iclevr64-{root}-{stamp}.npy"
+    if not path.exists():
+        write_whole(path, lambda temporary: _decode_all(files, names, sources, temporary))
+        for old in set(path.parent.glob(f"iclevr64-{root}-*.npy")) - {path}:
+            with contextlib.suppress(OSError):  # on Windows, while another notebook reads it
+                old.unlink()
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def _image_sources(files, names):
+    """Where each image's bytes are, and a hash of all sizes and dates. Errors name what is missing."""
+    if files.images.is_dir():
+        entries = {e.name: e for e in os.scandir(files.images)}
+        stats = {n: entries[n].stat() for n in names if n in entries}
+        sources, facts = entries, [(n, s.st_size, s.st_mtime_ns) for n, s in stats.items()]
+    else:
+        try:
+            with zipfile.ZipFile(files.images) as archive:
+                members = archive.infolist()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{files.images}: not a readable zip file ({error}); download it again") from None
+        for member in members:
+            parts = member.filename.replace("\\", "/").split("/")
+            if ".." in parts or parts[0] == "" or ":" in parts[0]:
+                raise ValueError(f"{files.images}: {member.filename!r} points outside the zip; refused")
+        sources = {Path(m.filename).name: m for m in members if "__MACOSX" not in m.filename}
+        facts = [(n, sources[n].file_size, sources[n].CRC) for n in names if n in sources]
+    missing = [n for n in names if n not in sources]
+    if missing:
+        raise FileNotFoundError(
+            f"{files.images}: {len(missing)} of the {len(names)} images that train.json lists are missing, "
+            f"the first is {missing[0]}; unpack the course's iclevr.zip again"
+        )
+    return sources, hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _decode_all(files, names, sources, path):
+    """Decode, resize and write all images as one .npy; Pillow and zlib leave the GIL, so threads do."""
+    from torchvision.transforms.v2 import Resize
+
+    resize = Resize((64, 64))
+    with open(path, "wb") as out:  # not open_memmap: the file name must not gain a suffix
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(names), 3, 64, 64)}
+        np.lib.format.write_array_header_1_0(out, header)
+        archive = zipfile.ZipFile(files.images) if files.images.is_file() else None
+
+        def decode(name):
+            try:
+                data = archive.read(sources[name]) if archive else Path(sources[name].path).read_bytes()
+                image = Image.open(io.BytesIO(data)).convert("RGB")
+            except Exception as error:  # Pillow and zlib have many; all of them mean a damaged file
+                raise ValueError(f"{files.images}: {name} is not a readable image ({error})") from None
+            image = image if image.size == (64, 64) else resize(image)
+            return np.asarray(image).transpose(2, 0, 1).tobytes()
+
+        with ThreadPoolExecutor() as pool:
+            for data in progress(pool.map(decode, names), "decoding images", len(names)):
+                out.write(data)
+        if archive:
+            archive.close()

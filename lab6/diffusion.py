@@ -1,0 +1,146 @@
+"""Forward process: q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) (Ho et al. 2020, eq. 4).
+
+Noise schedules, and the schedulers and samplers of diffusers that are made from them. Notebook 02.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+if typing.TYPE_CHECKING:
+    from lab6.settings import Settings
+
+
+def _linear(T, reference):
+    """beta from 1e-4 to 0.02 (Ho et al. 2020), whatever T: with few steps noise remains short."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)
+
+
+def _linear_rescaled(T, reference):
+    """The same betas times 1000 / T: any T ends at (almost) the noise that T = 1000 has with "linear"."""
+    return torch.cumprod(1 - (torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T).clamp(max=0.999), 0)
+
+
+def _cosine(T, reference):
+    """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t / T + s) / (1 + s) * pi / 2), s = 0.008 (Nichol & Dhariwal 2021)."""
+    time = torch.arange(T + 1, dtype=torch.float64) / T
+    f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - beta, 0)
+
+
+def _sigmoid(T, reference):
+    """beta follows a sigmoid from 1e-4 to 0.02 (the "sigmoid" of diffusers, after GeoDiff)."""
+    beta = torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64)) * (0.02 - 1e-4) + 1e-4
+    return torch.cumprod(1 - beta, 0)
+
+
+def _shifted_cosine(T, reference):
+    """The cosine with log-SNR moved by 2 log(reference / 64) (Hoogeboom et al. 2023): below 64, noisier."""
+    alpha_bar = _cosine(T, reference)
+    return torch.sigmoid(torch.logit(alpha_bar) + 2 * math.log(reference / 64))
+
+
+#: Add a schedule here and every notebook knows it: name -> function of (T, reference) giving alpha_bar (T,).
+SCHEDULES = {
+    "linear": _linear, "linear-rescaled": _linear_rescaled, "cosine": _cosine, "sigmoid": _sigmoid,
+    "shifted-cosine": _shifted_cosine,
+}  # fmt: skip
+
+
+def alphas_bar(schedule: str, T: int = 1000, reference: int = 32, zero_snr: bool = False) -> torch.Tensor:
+    """alpha_bar_t for t = 0 ... T-1: (T,) float64, falling from almost 1 towards 0.
+
+    Args:
+        schedule: a key of SCHEDULES.
+        reference: resolution, for "shifted-cosine".
+        zero_snr: shift and scale sqrt(alpha_bar) so that the last is exactly 0 (Lin et al. 2024, algorithm 1).
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r}: choose from {', '.join(SCHEDULES)}")
+    alpha_bar = SCHEDULES[schedule](T, reference)
+    if alpha_bar.shape != (T,) or not ((alpha_bar > 0) & (alpha_bar < 1)).all() or (alpha_bar.diff() > 0).any():
+        raise ValueError(f"schedule={schedule!r}: it must return {T} values of alpha_bar, the share of the picture's "
+                         "variance that is left, between 0 and 1 and falling (not beta)")  # fmt: skip
+    if zero_snr:
+        root = alpha_bar.sqrt()
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alpha_bar
+
+
+def snr(alpha_bar: torch.Tensor) -> torch.Tensor:
+    """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) of x_t, of the same shape."""
+    return alpha_bar / (1 - alpha_bar)
+
+
+def q_sample(x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4).
+
+    Args:
+        x_0, eps: (B, 3, H, W); t: (B,) integers in 0 ... T-1; alpha_bar: (T,).
+    """
+    a = alpha_bar[t].to(x_0).view(-1, 1, 1, 1)
+    return a.sqrt() * x_0 + (1 - a).sqrt() * eps
+
+
+def to_x_0(output: torch.Tensor, x_t: torch.Tensor, alpha_bar_t: torch.Tensor, prediction: str) -> torch.Tensor:
+    """The picture that a prediction (epsilon, v_prediction or sample) implies at x_t; alpha_bar_t broadcasts."""
+    a, b = alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt()
+    if prediction == "epsilon":
+        return (x_t - b * output) / a
+    return a * x_t - b * output if prediction == "v_prediction" else output
+
+
+def make_scheduler(settings: Settings) -> DDPMScheduler:
+    """The diffusers scheduler that training and ancestral sampling use, for `settings`' schedule.
+
+    All schedules go in as trained_betas; DDPM and DDIM clip pixels of x_0 to [-1, 1] on the way; sampling times are
+    spaced "trailing", so that few-step sampling starts at the noisiest step (Lin et al. 2024).
+    """
+    reference = settings.schedule_reference * 64 // settings.image_size  # alphas_bar compares it with 64
+    alpha_bar = alphas_bar(settings.schedule, settings.num_train_timesteps, reference)
+    beta = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
+    return DDPMScheduler(
+        num_train_timesteps=settings.num_train_timesteps,
+        trained_betas=beta.clamp(max=0.999).tolist(),
+        prediction_type=settings.prediction,
+        rescale_betas_zero_snr=settings.zero_snr,
+        timestep_spacing="trailing",
+        clip_sample=settings.space == "pixels" and not settings.student_steps,  # x_0 of a long step is no picture
+    )
+
+
+#: Samplers by name: any other diffusers scheduler can be put into `pipe.scheduler` as well.
+SAMPLERS = {
+    "ddpm": (DDPMScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "dpm-solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
+    # Asks the network twice a step. Its noise levels are even in log sigma: even in t, the first step, from the
+    # cosine's sigma = 20,000 to some 10, would be too long for a second order.
+    "heun": (HeunDiscreteScheduler, {"use_exponential_sigmas": True}),
+}
+
+
+def make_sampler(name: str, scheduler: DDPMScheduler):
+    """The sampler `name` of SAMPLERS for the noise schedule of `scheduler`."""
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler={name!r}: choose from {', '.join(SAMPLERS)}")
+    if name == "heun" and scheduler.config.get("rescale_betas_zero_snr"):
+        raise ValueError("sampler='heun' with zero_snr=True: it would start at infinite noise; use another sampler")
+    scheduler_class, options = SAMPLERS[name]
+    # Only what describes the noise: diffusers hands on every option, so another sampler's would come along.
+    shared = ("num_train_timesteps", "trained_betas", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing",
+              "clip_sample")  # fmt: skip
+    noise = {key: scheduler.config[key] for key in shared if key in scheduler.config}
+    return scheduler_class.from_config(noise, **options)

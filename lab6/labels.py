@@ -1,0 +1,78 @@
+"""The 24 objects, and how label sets and pictures become tensors and come back.
+
+Stands on no other room.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from PIL import Image
+
+SHAPES = ("cube", "sphere", "cylinder")
+
+
+COLOURS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
+
+
+#: The 24 objects in the course's order: index = 8 * shape + colour.
+OBJECTS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
+
+
+#: The label set whose denoising the course asks to see.
+MANUAL_SET = ("red sphere", "cyan cylinder", "cyan cube")
+
+
+def encode_labels(label_sets) -> torch.Tensor:
+    """Multi-hot vectors of label sets.
+
+    Args:
+        label_sets: one label set (["red sphere", "cyan cube"]) or a list of them.
+
+    Returns:
+        (B, 24) float32 of zeros and ones; B = 1 for one set.
+
+    Raises:
+        ValueError: an unknown, repeated or missing label.
+    """
+    if isinstance(label_sets, str):
+        raise ValueError(f"{label_sets!r}: give a list of labels, such as [{label_sets!r}]")
+    label_sets = list(label_sets)
+    if not label_sets:
+        raise ValueError("no labels: name at least one object")
+    if isinstance(label_sets[0], str):
+        label_sets = [label_sets]
+    labels = torch.zeros(len(label_sets), len(OBJECTS))
+    for row, names in enumerate(label_sets):
+        if len(names) == 0:
+            raise ValueError(f"label set {row} is empty: name at least one object")
+        for name in names:
+            if name not in OBJECTS:
+                close = difflib.get_close_matches(str(name), OBJECTS, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"an object is one of {', '.join(OBJECTS)}"
+                raise ValueError(f"unknown label {name!r} in label set {row}: {hint}")
+            if labels[row, OBJECTS.index(name)]:
+                raise ValueError(f"label {name!r} is twice in label set {row}")
+            labels[row, OBJECTS.index(name)] = 1
+    return labels
+
+
+def decode_labels(labels: torch.Tensor) -> list[list[str]]:
+    """Names of the objects in (B, 24) multi-hot vectors (or one (24,) vector), in the order of OBJECTS."""
+    return [[OBJECTS[i] for i in row.nonzero().flatten().tolist()] for row in torch.atleast_2d(labels) > 0.5]
+
+
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 0 to 255 -> float32 in [-1, 1], as ToTensor and Normalize(0.5, 0.5) do."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> uint8 0 to 255, rounded; values outside are clipped."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> list of PIL images."""
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_uint8(images)]

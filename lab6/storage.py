@@ -1,0 +1,173 @@
+"""Where things are kept, and how files are written whole: folders, locks, json, hashes.
+
+Needs no torch, so that the command line and the renderer start at once. Stands on no other room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / "data" / "weights"
+
+
+# ── Folders ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def folder_named_by(variable: str) -> Path | None:
+    """The folder that an environment variable names, absolute, or None."""
+    named = os.environ.get(variable)
+    return Path(named).expanduser().resolve() if named else None
+
+
+def from_project(path: Path | str) -> Path:
+    """A path as a user gave it; a relative one starts at the project's folder."""
+    return ROOT / Path(path).expanduser()
+
+
+def runs_folder() -> Path:
+    """Folder for what runs leave behind: data/runs, or $LAB6_RUNS."""
+    return folder_named_by("LAB6_RUNS") or ROOT / "data" / "runs"
+
+
+def name_of(preset: str, choices: dict) -> str:
+    """A name for a training run, from what was chosen: fit for a folder, the same for the same choices."""
+    parts = [preset, *(f"{name}={value}" for name, value in sorted(choices.items()))]
+    return re.sub(r"[^\w=.-]+", "_", ",".join(parts)).strip("_")
+
+
+# ── Whole files ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_whole(path: Path, write):
+    """Call `write(temporary path)`, then rename: `path` is either the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str):
+    """Write a text file, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value):
+    """Write json, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, default=None):
+    """What a json file holds. Where it is missing or broken: `default`, or without one a ValueError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if default is not None:
+            return default
+        raise ValueError(f"{path}: not readable as json ({error})") from None
+
+
+def update_json(path: Path, change, default: dict):
+    """Replace what a json file holds by change(it); processes that do so at the same time lose nothing.
+
+    default: what `change` is given where there is no file yet.
+    """
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        write_json(path, change(read_json(path) if path.exists() else default))
+
+
+def load_history(folder: Path) -> list[dict]:
+    """The records of a run, one an epoch, oldest first; empty where none was trained."""
+    file = Path(folder) / "history.json"
+    return read_json(file) if file.exists() else []
+
+
+def sha256_of(file: Path) -> str:
+    """First 16 hexadecimal digits of a file's SHA-256."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+
+# ── Whole folders, and one process at a time ───────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def exclusive(file: Path):
+    """Hold a lock file, so that only one process at a time does what follows; a process that waits says so.
+
+    The same process may take it again, since an interrupted cell of a notebook can leave it held.
+    """
+    from filelock import FileLock, Timeout
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"progress: waiting for another process, which works in {file.parent}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _previous(folder):
+    return folder.with_name(f"{folder.name}.previous")
+
+
+def replace_folder(folder: Path, write):
+    """Call `write(temporary folder)`, then put that in place of `folder`.
+
+    No file system renames a folder over another, so the old one steps aside for a moment; `open_folder` waits for that
+    moment to pass, and finds the old one where a crash left it aside.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{uuid.uuid4().hex[:12]}.{folder.name}")
+    try:
+        write(temporary)
+        with exclusive(folder.with_name(f"{folder.name}.lock")):
+            if folder.exists():
+                shutil.rmtree(_previous(folder), ignore_errors=True)
+                folder.rename(_previous(folder))
+            temporary.rename(folder)
+            shutil.rmtree(_previous(folder), ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def open_folder(folder: Path):
+    """Read a folder that `replace_folder` may be replacing: meanwhile it stays what it is.
+
+    A folder that nobody replaces, such as one that ships, has no lock file, and none is made.
+    """
+    lock = folder.with_name(f"{folder.name}.lock")
+    with exclusive(lock) if lock.exists() else contextlib.nullcontext():
+        if not folder.exists() and _previous(folder).exists():  # a crash between the two renames
+            _previous(folder).rename(folder)
+        yield folder
+
+
+def save_with_history(model, folder: Path, history: list[dict]):
+    """Save a pipeline or a model, and the history of its training, in place of an earlier one (see `replace_folder`)."""
+
+    def write(temporary):
+        model.save_pretrained(temporary)
+        write_json(temporary / "history.json", history)
+
+    replace_folder(folder, write)
