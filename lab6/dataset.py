@@ -1,4 +1,7 @@
-"""Training images as tensors: decoded once into a cache on disk, read from there. Notebook 01."""
+"""Training images as tensors: decoded once into a cache on disk, and read from there. Notebook 01.
+
+Stands on files, labels, settings, machine and storage.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import contextlib
 import hashlib
 import io
 import os
-import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,20 +17,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lab6.files import read_data, render_into_runs, scene_of, unseen_sets
+from lab6.files import DataFiles, read_data, render_into_runs, scene_of, unseen_sets
 from lab6.labels import OBJECTS, encode_labels, to_float
 from lab6.machine import make_generator, progress
+from lab6.settings import Settings
 from lab6.storage import runs_folder, write_whole
-
-if typing.TYPE_CHECKING:
-    from lab6.files import DataFiles
-    from lab6.settings import Settings
 
 
 def crowded_scenes(scenes: int, seed: int) -> ICLEVRDataset:
-    """Pictures of one to five objects, which the course's data lacks: five a scene, rendered once into data/runs/.
+    """Images of one to five objects, which the course's data lacks: five a scene, rendered once into data/runs/.
 
-    seed: 1 is what evaluators learn from, 2 what tests them, 0 what stands in for the course's scenes.
+    seed: evaluators learn from 1 and are tested on 2; 0 stands in for the course's scenes.
     """
     return ICLEVRDataset(read_data(render_into_runs(scenes, 5, seed)), "all")
 
@@ -37,13 +36,14 @@ class ICLEVRDataset(torch.utils.data.Dataset):
     """Images with their labels; item i is (image (3, 64, 64) float32 in [-1, 1], labels (24,) multi-hot).
 
     All images of train.json are decoded and resized once (antialiased bilinear, 4:3 squeezed to a square)
-    into a uint8 file under data/runs/cache/, which is used again while the files' sizes and dates stay.
+    into a uint8 file under data/runs/cache/, which is used again as long as the files' sizes and dates are
+    the same.
 
     Args:
         files: from `find_data`.
-        split: "train", "held-out" (`files.held_out`) or "all". By scene, never by image, since the pictures of a
-            scene share most of their pixels.
-        limit: keep the first so many images; 0 keeps all.
+        split: "train", "held-out" (`files.held_out`) or "all". Data is split by scene, never by image, since the images
+            of a scene share most of their pixels.
+        limit: keep only the first `limit` images; 0 keeps all.
         runs: where the cache goes; default data/runs or $LAB6_RUNS.
         without: file names to leave out.
 
@@ -72,13 +72,13 @@ class ICLEVRDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return to_float(self.pixels[index]), self.labels[index]
 
-    def draw(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """x_0 for training: the images of `rows`, (B, 3, 64, 64) in [-1, 1], on the generator's device, to which all
-        images go when it is first asked for (0.2 GB)."""
+    def images_at(self, rows: torch.Tensor) -> torch.Tensor:
+        """The images of `rows`, (B, 3, 64, 64) in [-1, 1], on the device of `rows`; all images (0.2 GB) go there the
+        first time."""
         there = getattr(self, "_there", self.pixels)
-        if there.device.type != generator.device.type:  # a generator's device has no number
-            self._there = there = self.pixels.to(generator.device)
-        return to_float(there[rows.to(generator.device)])
+        if there.device != rows.device:
+            self._there = there = self.pixels.to(rows.device)
+        return to_float(there[rows])
 
 
 def training_set(settings: Settings, files: DataFiles) -> ICLEVRDataset:
@@ -89,9 +89,18 @@ def training_set(settings: Settings, files: DataFiles) -> ICLEVRDataset:
         sets = encode_labels([names for kind in unseen_sets().values() for names in kind])
         shows = (whole.labels @ sets.T == sets.sum(1)).any(1)
         if settings.leave_out == "random":
-            shows = shows[torch.randperm(len(shows), generator=make_generator(0))]
+            shows = shows[torch.randperm(len(shows), generator=make_generator(0))]  # from before streams had names
         out = {name for name, left_out in zip(whole.names, shows, strict=True) if left_out}
     return ICLEVRDataset(files, "train", settings.max_images, without=out)
+
+
+def data_facts(dataset) -> dict:
+    """What identifies a data set: source, number of images, and a fingerprint of all pixels and labels."""
+    digest = hashlib.sha256(dataset.labels.numpy().tobytes())
+    for pixels in dataset.pixels.split(1024):
+        digest.update(pixels.contiguous().numpy())
+    return {"source": getattr(dataset, "source", "unknown"), "images": len(dataset),
+            "fingerprint": digest.hexdigest()[:16]}  # fmt: skip
 
 
 def _load_cache(files, names, folder):

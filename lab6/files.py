@@ -1,15 +1,16 @@
-"""The course's files, or scenes rendered in their place: where they are and what their json files say. Notebook 01."""
+"""The course's files, or scenes rendered in their place: where they are and what their json files say. Notebook 01.
+
+Stands on labels, machine and storage.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
-import time
 from pathlib import Path
 
 from lab6.labels import OBJECTS, encode_labels
-from lab6.machine import format_seconds, headless, progress
+from lab6.machine import progress
 from lab6.storage import ROOT, exclusive, folder_named_by, read_json, runs_folder
 
 
@@ -17,9 +18,10 @@ from lab6.storage import ROOT, exclusive, folder_named_by, read_json, runs_folde
 class DataFiles:
     """Where the data is, and what its json files say. Made by `find_data`.
 
-    images: the folder iclevr/ or the file iclevr.zip.
-    train: {image file name: label set}; test, new_test: lists of label sets.
-    source: what to print beside every figure, "course files" or "rendered scenes".
+    Attributes:
+        images: the folder iclevr/ or the file iclevr.zip.
+        train: {image file name: label set}; test, new_test: lists of label sets.
+        source: what every figure names as its data, "course files" or "rendered scenes".
     """
 
     root: Path
@@ -31,7 +33,7 @@ class DataFiles:
 
     @property
     def held_out(self) -> frozenset[str]:
-        """Scenes kept out of training: those of `held_out_scenes`; of rendered ones the last, in proportion."""
+        """Scenes kept out of training: those of `held_out_scenes`, or the last rendered ones, in proportion."""
         if self.source == "course files":
             return held_out_scenes()
         scenes = sorted({scene_of(name) for name in self.train})
@@ -50,7 +52,7 @@ def find_data(rendered_scenes: int = 300) -> DataFiles:
     """The data, from the first of: the folder that LAB6_DATA names, data/, scenes rendered here.
 
     A folder qualifies with iclevr/ or iclevr.zip, train.json, test.json, new_test.json, and objects.json or
-    object.json. Where LAB6_DATA is not set and data/ has none of them, so many scenes are rendered into
+    object.json. Where LAB6_DATA is not set and data/ has none of them, `rendered_scenes` scenes are rendered into
     data/runs/rendered-N, once (see data/render_scenes.py).
 
     Raises:
@@ -67,7 +69,7 @@ def find_data(rendered_scenes: int = 300) -> DataFiles:
 
 
 def read_data(root: Path) -> DataFiles:
-    """What a folder of the course's layout holds, rendered scenes too; raises what `find_data` does."""
+    """What a folder of the course's layout holds, also one of rendered scenes; raises what `find_data` does."""
     images = root / "iclevr" if (root / "iclevr").is_dir() else root / "iclevr.zip"
     objects = root / "objects.json" if (root / "objects.json").is_file() else root / "object.json"
     missing = [] if images.exists() else ["iclevr/ or iclevr.zip"]
@@ -96,7 +98,7 @@ def read_data(root: Path) -> DataFiles:
     for split, label_sets in sets.items():
         try:
             if not label_sets or any(isinstance(label_set, str) for label_set in label_sets):
-                raise ValueError("expected a list of labels for each of one or more pictures")
+                raise ValueError("expected a list of labels for each of one or more images")
             encode_labels(label_sets)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{root / f'{split}.json'}: {error}") from None
@@ -107,39 +109,36 @@ def read_data(root: Path) -> DataFiles:
 def load_renderer():
     """The module data/render_scenes.py, which needs Mitsuba only when it renders."""
     folder = str(ROOT / "data")
-    if folder not in sys.path:  # there to stay: the renderer's processes look for the module again
+    if folder not in sys.path:  # it stays there: the renderer's processes look for the module again
         sys.path.append(folder)
     import render_scenes
 
     return render_scenes
 
 
-def render_into_runs(scenes, objects=3, seed=0):
-    """The folder data/runs/rendered-N... with so many rendered scenes, made when it is not whole."""
+def render_into_runs(scenes: int, objects: int = 3, seed: int = 0) -> Path:
+    """The folder data/runs/rendered-N... of N rendered scenes of up to `objects` objects; made if it is not whole."""
     folder = runs_folder() / f"rendered-{scenes}{'' if (objects, seed) == (3, 0) else f'-{objects}-{seed}'}"
     with exclusive(folder.with_name(f"{folder.name}.lock")):
         if not (folder / "train.json").is_file():  # which the renderer writes last
-            start = time.perf_counter()
             rendering = load_renderer().render_scenes(folder, scenes, objects, seed=seed)
-            for done in progress(rendering, "rendering scenes", scenes):
-                if headless() and (done % max(1, scenes // 6) == 0):
-                    left = (time.perf_counter() - start) / done * (scenes - done)
-                    print(f"progress: {done} of {scenes} scenes rendered, {format_seconds(left)} left", flush=True)
+            for _ in progress(rendering, "rendering scenes", scenes, lines=True):
+                pass
     return folder
 
 
 def scene_of(name: str) -> str:
-    """Scene number of an image: CLEVR_train_005500_2.png is the third picture of scene "005500"."""
+    """Scene number of an image: CLEVR_train_005500_2.png is the third image of scene "005500"."""
     return name.removesuffix(".png").split("_")[-2]
 
 
 def held_out_scenes() -> frozenset[str]:
-    """The 503 of the course's scenes (005500 to 006002) on which nothing that ships is ever trained."""
-    return frozenset(json.loads((ROOT / "data" / "held_out_scenes.json").read_text())["scenes"])
+    """The 503 scenes of the course (005500 to 006002) on which nothing that ships was trained."""
+    return frozenset(read_json(ROOT / "data" / "held_out_scenes.json")["scenes"])
 
 
 def unseen_sets() -> dict[str, list[list[str]]]:
-    """200 label sets by kind, which training with leave_out="unseen" never sees: none of them in the course's test
-    files, none in a picture that shows more. "pairs": two objects; "triples of such a pair": such a pair and a third
+    """200 label sets by kind that training with leave_out="unseen" never sees, not even within a fuller image. None
+    of them is in the course's test files. "pairs": two objects; "triples of such a pair": such a pair and a third
     object; "triples": three objects of which each two do occur together."""
-    return json.loads((ROOT / "data" / "unseen_sets.json").read_text())["sets"]
+    return read_json(ROOT / "data" / "unseen_sets.json")["sets"]

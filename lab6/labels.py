@@ -1,4 +1,4 @@
-"""The 24 objects, and how label sets and pictures become tensors and come back.
+"""The 24 objects, and how label sets and images become tensors and come back. Notebook 01.
 
 Stands on no other room.
 """
@@ -11,16 +11,10 @@ import torch
 from PIL import Image
 
 SHAPES = ("cube", "sphere", "cylinder")
-
-
 COLOURS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
-
-
 #: The 24 objects in the course's order: index = 8 * shape + colour.
 OBJECTS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
-
-
-#: The label set whose denoising the course asks to see.
+#: The label set whose denoising process the course wants to see.
 MANUAL_SET = ("red sphere", "cyan cylinder", "cyan cube")
 
 

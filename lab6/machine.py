@@ -1,41 +1,110 @@
-"""What the computer gives: device, precision, random numbers, progress, and the names that results need of it."""
+"""What the computer gives: device, precision, random numbers, progress, and how results name it.
+
+Stands on storage and options.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
-import typing
+import time
+import warnings
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from lab6.options import Run
 from lab6.storage import ROOT
 
-if typing.TYPE_CHECKING:
-    from lab6.settings import Settings
+# ── Device and precision ───────────────────────────────────────────────────────────────────────────────
 
 
-def computes_bf16(device):
+def has_cuda() -> bool:
+    """Is there an NVIDIA GPU that torch can compute on? Where one is there in vain, a warning says why."""
+    if not torch.cuda.is_available():
+        if _has_nvidia_gpu() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            _warn_once("an NVIDIA GPU is there, but this torch cannot use it (its driver is too old for CUDA "
+                       f"{torch.version.cuda}, or torch was built without CUDA). Computing without it")  # fmt: skip
+        return False
+    try:
+        _first_kernel()
+    except RuntimeError as error:  # a card for which this build of torch has no kernels
+        reason = str(error).splitlines()[0]
+        _warn_once(f"the GPU {torch.cuda.get_device_name()} cannot run this torch's kernels ({reason}). "
+                   "Computing without it")  # fmt: skip
+        return False
+    return True
+
+
+def find_device() -> str:
+    """The best device here: cuda, mps or cpu."""
+    return "cuda" if has_cuda() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _first_kernel():
+    return (torch.ones(1, device="cuda") + 1).item()
+
+
+def _has_nvidia_gpu():
+    gpus = Path("/proc/driver/nvidia/gpus")
+    return (gpus.is_dir() and any(gpus.iterdir())) or (os.name == "nt" and shutil.which("nvidia-smi") is not None)
+
+
+@functools.cache
+def _warn_once(message):
+    warnings.warn(message, stacklevel=3)
+
+
+def computes_bf16(device: str) -> bool:
     """True where bf16 arithmetic is in hardware; emulated, it is slower than fp32."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
-def autocast(settings: Settings):
-    """Context in which networks compute in `settings.precision`; weights and results stay float32."""
-    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.precision == "bf16")
+def autocast(options: Run):
+    """Context in which networks compute in `options.precision`; weights and results stay float32."""
+    return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
 
-def make_generator(seed: int, *stream: int, device: str = "cpu") -> torch.Generator:
+def wait_for(device: str):
+    """Let the host wait until the device has done all its work, so that a clock tells the truth."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+# ── Random numbers ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_generator(seed: int, *stream: int | str, device: str = "cpu") -> torch.Generator:
     """A random generator for one purpose: the same (seed, *stream) always gives the same numbers.
 
-    The numbers are hashed together, so that neighbouring seeds and steps share nothing.
+    Seed and stream are hashed together, so that neighbouring seeds and steps share nothing. Every purpose has a name of
+    its own as the first part of its stream ("noise", "dropout", ...). Sampling has none, (seed, number of the image),
+    so that the images of earlier versions stay what they are.
     """
     digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+@contextlib.contextmanager
+def global_randomness(device: str, seed: int, *stream: int | str):
+    """Within it torch's global generators, which layers such as dropout use, begin at (seed, *stream); then they go on
+    as if nothing had been."""
+    gpus = [torch.cuda.current_device()] if device == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(make_generator(seed, *stream).initial_seed())
+        yield
+
+
+# ── Progress ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def headless() -> bool:
@@ -43,9 +112,25 @@ def headless() -> bool:
     return os.environ.get("LAB6_HEADLESS") == "1"
 
 
-def progress(iterable, description: str, total: int | None = None):
-    """A progress bar in JupyterLab and terminals; nothing headlessly, where callers print lines."""
-    return tqdm(iterable, description, total, leave=False, disable=headless())
+def progress(iterable, description: str, total: int | None = None, lines: bool = False):
+    """A progress bar in JupyterLab and terminals; headlessly, with `lines`, a printed line every 20 seconds with the
+    time left, else nothing: most loops have a caller that prints a line an epoch."""
+    total = len(iterable) if total is None else total
+    if not headless():
+        yield from tqdm(iterable, description, total, leave=False)
+        return
+    start = said = time.perf_counter()
+    for done, item in enumerate(iterable, 1):
+        yield item
+        if lines and time.perf_counter() - said > 20:
+            said = time.perf_counter()
+            left = format_seconds(time_left(start, done, total))
+            print(f"progress: {description}, {done} of {total}, {left} left", flush=True)
+
+
+def time_left(start: float, done: int, total: int) -> float:
+    """Seconds until `total` is done, when `done` have taken since `start` (of time.perf_counter)."""
+    return (time.perf_counter() - start) / done * (total - done)
 
 
 def format_seconds(seconds: float) -> str:
@@ -53,6 +138,9 @@ def format_seconds(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+# ── Names for results ──────────────────────────────────────────────────────────────────────────────────
 
 
 @functools.cache
@@ -68,8 +156,8 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def device_name(settings: Settings) -> str:
+def device_name(options: Run) -> str:
     """The device as results name it: the GPU's name, or the number of CPU threads."""
-    if settings.device == "cuda":
+    if options.device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{settings.device}, {torch.get_num_threads()} threads"
+    return f"{options.device}, {torch.get_num_threads()} threads"

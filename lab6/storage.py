@@ -130,6 +130,10 @@ def _previous(folder):
     return folder.with_name(f"{folder.name}.previous")
 
 
+def _lock(folder):
+    return folder.with_name(f"{folder.name}.lock")
+
+
 def replace_folder(folder: Path, write):
     """Call `write(temporary folder)`, then put that in place of `folder`.
 
@@ -140,7 +144,10 @@ def replace_folder(folder: Path, write):
     temporary = folder.with_name(f".{uuid.uuid4().hex[:12]}.{folder.name}")
     try:
         write(temporary)
-        with exclusive(folder.with_name(f"{folder.name}.lock")):
+        if not (folder.exists() or _previous(folder).exists()):
+            temporary.rename(folder)
+            return
+        with exclusive(_lock(folder)):
             if folder.exists():
                 shutil.rmtree(_previous(folder), ignore_errors=True)
                 folder.rename(_previous(folder))
@@ -152,19 +159,19 @@ def replace_folder(folder: Path, write):
 
 @contextlib.contextmanager
 def open_folder(folder: Path):
-    """Read a folder that `replace_folder` may be replacing: meanwhile it stays what it is.
+    """Read a folder that `replace_folder` may be replacing: it stays the same meanwhile.
 
-    A folder that nobody replaces, such as one that ships, has no lock file, and none is made.
+    Only folders of runs are ever replaced; elsewhere, such as where weights ship, no lock file is made.
     """
-    lock = folder.with_name(f"{folder.name}.lock")
-    with exclusive(lock) if lock.exists() else contextlib.nullcontext():
+    may_change = _lock(folder).exists() or (folder.parent.is_dir() and folder.is_relative_to(runs_folder()))
+    with exclusive(_lock(folder)) if may_change else contextlib.nullcontext():
         if not folder.exists() and _previous(folder).exists():  # a crash between the two renames
             _previous(folder).rename(folder)
         yield folder
 
 
 def save_with_history(model, folder: Path, history: list[dict]):
-    """Save a pipeline or a model, and the history of its training, in place of an earlier one (see `replace_folder`)."""
+    """Save a pipeline or a model, and the history of its training, in place of an earlier one."""
 
     def write(temporary):
         model.save_pretrained(temporary)
