@@ -1,4 +1,8 @@
-"""How the network is told the labels: modules that turn a multi-hot vector into what a U-Net takes. Notebook 03."""
+"""How the network learns of the labels: modules that turn a multi-hot vector into what a U-Net takes. Notebook 03.
+
+To add one, write a module with `pools`, `gives_tokens`, `null` and a forward(labels, null), and enter it in
+CONDITIONINGS. Stands on labels.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,8 @@ from lab6.labels import COLOURS, OBJECTS, SHAPES
 class LinearCondition(nn.Module):
     """Multi-hot labels through one linear layer, to be added to the time embedding.
 
-    forward(labels (B, 24), null (B,) bool) -> (pooled (B, width), None). Where null, a learned vector stands
-    in: the null condition is not a label vector, and all zeros ("no object") would be one.
+    forward(labels (B, 24), null (B,) bool) -> (pooled (B, width), None). Where null is True, a learned vector takes
+    their place. It must not be a label vector, and all zeros ("no object") would be one.
     """
 
     pools, gives_tokens = True, False
@@ -39,7 +43,7 @@ class MLPCondition(LinearCondition):
 class MultiHotCondition(nn.Module):
     """The multi-hot vector itself as the only token for cross-attention (report C); nothing is pooled.
 
-    forward(labels (B, 24), null (B,) bool) -> (None, (B, 1, 24)). Where null, a learned vector stands in.
+    forward(labels (B, 24), null (B,) bool) -> (None, (B, 1, 24)). Where null is True, a learned vector takes its place.
     """
 
     pools, gives_tokens = False, True

@@ -1,9 +1,13 @@
-"""The network: a U-Net of diffusers that is told which objects are in the picture. Notebook 03."""
+"""The network: a U-Net of diffusers that knows which objects the image should show. Notebook 03.
+
+Stands on conditioning, diffusion, labels, settings and machine.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-import typing
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +21,18 @@ from lab6.conditioning import CONDITIONINGS
 from lab6.diffusion import q_sample
 from lab6.labels import MANUAL_SET, OBJECTS, encode_labels
 from lab6.machine import autocast, make_generator
+from lab6.options import Network
+from lab6.settings import Settings
 
-if typing.TYPE_CHECKING:
-    from lab6.settings import Settings
-
-
-GUIDANCE_EMBEDDING = 64  # width of what a student is told of s
+GUIDANCE_EMBEDDING = 64  # width of the embedding of s that a distilled network takes
 
 
 class Denoiser(ModelMixin, ConfigMixin):
     """A U-Net of diffusers and its label conditioning: (x_t, t, labels) -> eps, v or x_0.
 
-    The arguments are the fields of Settings with the same names; `null_condition` gives it a learned "no
-    labels" input, which classifier-free guidance needs; of latents, `image_channels` and `image_size` are theirs (the
-    docstrings say (B, 3, 64, 64)). Save and load it through `ICLEVRPipeline`.
+    The arguments are the fields of Settings with the same names. `null_condition` gives it a learned "no labels" input,
+    which classifier-free guidance needs. For latents, `image_channels` and `image_size` are theirs (the docstrings say
+    (B, 3, 64, 64)). Save and load it through `ICLEVRPipeline`.
     """
 
     @register_to_config
@@ -67,20 +69,43 @@ class Denoiser(ModelMixin, ConfigMixin):
             class_embed_type="identity" if self.condition.pools else None,
         )
         if self.condition.gives_tokens:
-            # In UNet2DConditionModel this argument is the number of heads, despite its name; but blocks that attend to
-            # themselves take it for the heads' width, and so are set right after.
-            heads = tuple(max(1, c // head_dim) for c in channels)
             width = len(OBJECTS) if conditioning == "multi-hot" else token_dim
-            scale = dict(time_cond_proj_dim=GUIDANCE_EMBEDDING) if student_steps else {}
-            self.unet = UNet2DConditionModel(cross_attention_dim=width, attention_head_dim=heads, **shared, **scale)
-            if student_steps:
-                nn.init.zeros_(self.unet.time_embedding.cond_proj.weight)  # a student begins as its teacher
-            for block in (*self.unet.down_blocks, *self.unet.up_blocks):
-                for layer in block.attentions if isinstance(block, AttnDownBlock2D | AttnUpBlock2D) else ():
-                    layer.heads = max(1, layer.inner_dim // head_dim)
-                    layer.scale = (layer.inner_dim / layer.heads) ** -0.5
+            self.unet = self._unet_with_tokens(width, channels, head_dim, student_steps, shared)
         else:
             self.unet = UNet2DModel(attention_head_dim=head_dim, **shared)
+
+    @staticmethod
+    def _unet_with_tokens(width, channels, head_dim, student_steps, shared):
+        # In UNet2DConditionModel this argument is the number of heads, despite its name; but blocks that attend to
+        # themselves take it for the heads' width, so their heads are set right after.
+        heads = tuple(max(1, c // head_dim) for c in channels)
+        scale = dict(time_cond_proj_dim=GUIDANCE_EMBEDDING) if student_steps else {}
+        unet = UNet2DConditionModel(cross_attention_dim=width, attention_head_dim=heads, **shared, **scale)
+        for block in (*unet.down_blocks, *unet.up_blocks):
+            for layer in block.attentions if isinstance(block, AttnDownBlock2D | AttnUpBlock2D) else ():
+                layer.heads = max(1, layer.inner_dim // head_dim)
+                layer.scale = (layer.inner_dim / layer.heads) ** -0.5
+        if student_steps:
+            nn.init.zeros_(unet.time_embedding.cond_proj.weight)  # a distilled network begins as its teacher
+        return unet
+
+    @contextlib.contextmanager
+    def expecting(self, objects: int):
+        """Within it no label set has more objects than this: the network need not count them at every call, for which
+        the host would wait for a GPU."""
+        before, self.condition.slots = getattr(self.condition, "slots", 0), max(3, objects)
+        try:
+            yield
+        finally:
+            self.condition.slots = before
+
+    def check_null(self):
+        """Raise ValueError where the network has no null condition."""
+        if self.condition.null is None:
+            raise ValueError(
+                "this model has no null condition (it was trained with label_dropout=0), so it has no classifier-free "
+                "guidance and no composition: use guidance_scale=1, or train with label_dropout=0.1"
+            )
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, null: torch.Tensor | None = None,
                 guidance_scale: torch.Tensor | float = 1.0):  # fmt: skip
@@ -89,37 +114,35 @@ class Denoiser(ModelMixin, ConfigMixin):
         Args:
             x_t: (B, 3, 64, 64); t: (B,) or () integers; labels: (B, 24) multi-hot.
             null: (B,) bool, True where the labels are to be ignored; default nowhere.
-            guidance_scale: s of classifier-free guidance, (B,) or one for all; only students take it as an input.
+            guidance_scale: s of classifier-free guidance, (B,) or one for all; only a distilled network uses it.
 
         Returns:
             (B, 3, 64, 64)
+
+        Raises:
+            ValueError: null is True somewhere, and the network has no null condition.
         """
         if null is None:
             null = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
         elif self.condition.null is None and null.any():
-            raise ValueError(
-                "this model has no null condition (it was trained with label_dropout=0), so it has no guidance by "
-                "itself and no composition: use guidance_scale=1, or train with label_dropout=0.1"
-            )
-        pooled, tokens = self.condition(labels.to(self.dtype), null)
-        x = F.pixel_unshuffle(x_t.to(self.dtype), self.config.patch).contiguous(memory_format=torch.channels_last)
+            self.check_null()
+        dtype = self.unet.conv_in.weight.dtype  # self.dtype would walk through all modules, half a millisecond
+        pooled, tokens = self.condition(labels.to(dtype), null)
+        x = F.pixel_unshuffle(x_t.to(dtype), self.config.patch).contiguous(memory_format=torch.channels_last)
         extra = {} if tokens is None else {"encoder_hidden_states": tokens}
-        if tokens is not None and tokens.shape[1] > 3:  # slots for a fuller set of the batch: hidden from the others
+        if tokens is not None and tokens.shape[1] > 3:  # the other sets of the batch do not see a fuller set's slots
             slots = torch.arange(tokens.shape[1], device=labels.device)
             extra["encoder_attention_mask"] = slots < labels.sum(1, keepdim=True).clamp(min=3)
         if self.config.student_steps:
-            scale = torch.as_tensor(guidance_scale, device=x.device).expand(len(x))
-            extra["timestep_cond"] = get_timestep_embedding(100 * scale, GUIDANCE_EMBEDDING).to(x.dtype)
+            if not isinstance(guidance_scale, torch.Tensor):
+                guidance_scale = torch.full((len(x),), float(guidance_scale), device=x.device)
+            extra["timestep_cond"] = get_timestep_embedding(100 * guidance_scale, GUIDANCE_EMBEDDING).to(dtype)
         return F.pixel_shuffle(self.unet(x, t, class_labels=pooled, **extra).sample, self.config.patch)
 
 
-#: What `Denoiser` takes from Settings as it is.
-NETWORK_FIELDS = ("patch", "channels", "layers_per_block", "attention", "up_attention", "head_dim", "norm_groups",
-               "scale_shift", "conditioning", "token_dim")  # fmt: skip
-
-
-def denoiser_arguments(settings):
-    return {name: getattr(settings, name) for name in NETWORK_FIELDS} | dict(
+def denoiser_arguments(settings: Settings) -> dict:
+    """The arguments of `Denoiser` for the network of `settings`."""
+    return {field.name: getattr(settings, field.name) for field in dataclasses.fields(Network)} | dict(
         null_condition=settings.label_dropout > 0,
         student_steps=settings.student_steps,
         image_channels=3 if settings.space == "pixels" else settings.latent_channels,
@@ -136,13 +159,13 @@ def make_denoiser(settings: Settings, device: str | None = None) -> Denoiser:
 
 
 def count_flops(settings: Settings) -> int:
-    """Floating-point operations of the network of `settings` in one pass forward over one picture, as torch's
-    FlopCounterMode counts them: matrix products, convolutions and attention. A step of training takes three times as
-    many for each picture."""
+    """Floating-point operations of one forward pass of the network of `settings` over one image, as torch's
+    FlopCounterMode counts them: matrix products, convolutions and attention. A training step takes three times as many
+    for each image."""
     return _count_flops(**denoiser_arguments(settings))
 
 
-@functools.cache  # experiments by the dozen have the same network
+@functools.cache  # dozens of experiments have the same network
 def _count_flops(**arguments):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -157,7 +180,7 @@ def _count_flops(**arguments):
 
 
 def describe_denoiser(denoiser: Denoiser) -> list[dict]:
-    """What a denoiser is made of, in the order of computation, measured by passing one image through it.
+    """The parts of a denoiser in the order of computation, measured by passing one image through it.
 
     Returns:
         One dict a part: part, kind, output (channels, height, width), attention (none, self, cross), parameters.
@@ -194,16 +217,17 @@ def describe_denoiser(denoiser: Denoiser) -> list[dict]:
 
 @torch.no_grad()
 def label_effect(denoiser: Denoiser, x_0, labels, t: int, alpha_bar, settings: Settings) -> float:
-    """How much the prediction at time t changes when each picture gets the labels of the next one.
+    """How much the prediction at time t changes when each image gets the labels of the next one.
 
     Args:
-        x_0: (B, 3, 64, 64) real pictures; labels: (B, 24); alpha_bar: (T,).
+        x_0: (B, 3, 64, 64) real images; labels: (B, 24); alpha_bar: (T,).
 
     Returns:
         Root mean squared change over the root mean square of the prediction.
     """
     times = torch.full((len(x_0),), int(t))
-    x_t = q_sample(x_0, times, torch.randn(x_0.shape, generator=make_generator(settings.seed)), alpha_bar)
+    eps = torch.randn(x_0.shape, generator=make_generator(settings.seed, "label effect"))
+    x_t = q_sample(x_0, times, eps, alpha_bar)
     x_t, times, labels = (v.to(denoiser.device) for v in (x_t, times, labels))
     with autocast(settings):
         right, wrong = (denoiser(x_t, times, y).float() for y in (labels, labels.roll(1, 0)))

@@ -1,12 +1,11 @@
 """Forward process: q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) (Ho et al. 2020, eq. 4).
 
-Noise schedules, and the schedulers and samplers of diffusers that are made from them. Notebook 02.
+Noise schedules, and the schedulers and samplers of diffusers that are made from them. Notebook 02. Stands on options.
 """
 
 from __future__ import annotations
 
 import math
-import typing
 
 import torch
 from diffusers import (
@@ -17,12 +16,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-if typing.TYPE_CHECKING:
-    from lab6.settings import Settings
+from lab6.options import System
 
 
 def _linear(T, reference):
-    """beta from 1e-4 to 0.02 (Ho et al. 2020), whatever T: with few steps noise remains short."""
+    """beta from 1e-4 to 0.02 (Ho et al. 2020), whatever T is: a small T ends with too little noise."""
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)
 
 
@@ -70,7 +68,7 @@ def alphas_bar(schedule: str, T: int = 1000, reference: int = 32, zero_snr: bool
         raise ValueError(f"schedule={schedule!r}: choose from {', '.join(SCHEDULES)}")
     alpha_bar = SCHEDULES[schedule](T, reference)
     if alpha_bar.shape != (T,) or not ((alpha_bar > 0) & (alpha_bar < 1)).all() or (alpha_bar.diff() > 0).any():
-        raise ValueError(f"schedule={schedule!r}: it must return {T} values of alpha_bar, the share of the picture's "
+        raise ValueError(f"schedule={schedule!r}: it must return {T} values of alpha_bar, the share of the image's "
                          "variance that is left, between 0 and 1 and falling (not beta)")  # fmt: skip
     if zero_snr:
         root = alpha_bar.sqrt()
@@ -94,40 +92,41 @@ def q_sample(x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, alpha_bar: t
 
 
 def to_x_0(output: torch.Tensor, x_t: torch.Tensor, alpha_bar_t: torch.Tensor, prediction: str) -> torch.Tensor:
-    """The picture that a prediction (epsilon, v_prediction or sample) implies at x_t; alpha_bar_t broadcasts."""
+    """The image that a prediction (epsilon, v_prediction or sample) implies at x_t; alpha_bar_t broadcasts."""
     a, b = alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt()
     if prediction == "epsilon":
         return (x_t - b * output) / a
     return a * x_t - b * output if prediction == "v_prediction" else output
 
 
-def make_scheduler(settings: Settings) -> DDPMScheduler:
-    """The diffusers scheduler that training and ancestral sampling use, for `settings`' schedule.
+def make_scheduler(options: System) -> DDPMScheduler:
+    """The diffusers scheduler that training and ancestral sampling use, for the schedule of `options`.
 
-    All schedules go in as trained_betas; DDPM and DDIM clip pixels of x_0 to [-1, 1] on the way; sampling times are
+    Every schedule goes in as trained_betas. DDPM and DDIM clip pixels of x_0 to [-1, 1] on the way. Sampling times are
     spaced "trailing", so that few-step sampling starts at the noisiest step (Lin et al. 2024).
     """
-    reference = settings.schedule_reference * 64 // settings.image_size  # alphas_bar compares it with 64
-    alpha_bar = alphas_bar(settings.schedule, settings.num_train_timesteps, reference)
+    reference = options.schedule_reference * 64 // options.image_size  # alphas_bar compares it with 64
+    alpha_bar = alphas_bar(options.schedule, options.num_train_timesteps, reference)
     beta = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
     return DDPMScheduler(
-        num_train_timesteps=settings.num_train_timesteps,
+        num_train_timesteps=options.num_train_timesteps,
         trained_betas=beta.clamp(max=0.999).tolist(),
-        prediction_type=settings.prediction,
-        rescale_betas_zero_snr=settings.zero_snr,
+        prediction_type=options.prediction,
+        rescale_betas_zero_snr=options.zero_snr,
         timestep_spacing="trailing",
-        clip_sample=settings.space == "pixels" and not settings.student_steps,  # x_0 of a long step is no picture
+        clip_sample=options.space == "pixels" and not options.student_steps,  # x_0 of a distilled step is no image
     )
 
 
-#: Samplers by name: any other diffusers scheduler can be put into `pipe.scheduler` as well.
+#: Add a sampler here and every notebook knows it: name -> (scheduler of diffusers, its options).
+#: Any other scheduler of diffusers can be put into `pipe.scheduler` as well.
 SAMPLERS = {
     "ddpm": (DDPMScheduler, {}),
     "ddim": (DDIMScheduler, {}),
     "dpm-solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
-    # Asks the network twice a step. Its noise levels are even in log sigma: even in t, the first step, from the
-    # cosine's sigma = 20,000 to some 10, would be too long for a second order.
+    # Two evaluations of the network a step. Its noise levels are even in log sigma: if they were even in t, the
+    # first step, from the cosine's sigma = 20,000 to about 10, would be too long for a second order.
     "heun": (HeunDiscreteScheduler, {"use_exponential_sigmas": True}),
 }
 
@@ -139,7 +138,7 @@ def make_sampler(name: str, scheduler: DDPMScheduler):
     if name == "heun" and scheduler.config.get("rescale_betas_zero_snr"):
         raise ValueError("sampler='heun' with zero_snr=True: it would start at infinite noise; use another sampler")
     scheduler_class, options = SAMPLERS[name]
-    # Only what describes the noise: diffusers hands on every option, so another sampler's would come along.
+    # Only what describes the noise: diffusers would also hand on the options of the sampler before.
     shared = ("num_train_timesteps", "trained_betas", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing",
               "clip_sample")  # fmt: skip
     noise = {key: scheduler.config[key] for key in shared if key in scheduler.config}

@@ -1,53 +1,247 @@
-"""How labels may steer the sampling."""
+"""How labels steer the sampling: one class a guidance, found by name in GUIDANCES. Notebook 04.
+
+To add one, write a class with a `predict` and enter it: settings, pipeline, notebooks and results then know it.
+Stands on labels, diffusion and options; the pipeline hands everything else over in a `Step`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import typing
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from lab6.diffusion import to_x_0
+from lab6.labels import OBJECTS
 
 if typing.TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-    from lab6.settings import Settings
+    from lab6.options import Sampling
 
-
-#: Students are trained with guidance scales from 0 to this; whoever takes no scale as an input has no such limit.
+#: Distilled networks are trained with guidance scales from 0 to this; other networks have no such limit.
 MAX_GUIDANCE_SCALE = 6.0
 
 
-#: How labels may steer the sampling; see `ICLEVRPipeline`.
-BY_CLASSIFIER = ("classifier-1", "classifier-2")
+@dataclasses.dataclass
+class Step:
+    """What a guidance is told of one step of sampling.
+
+    Attributes:
+        denoiser: the network, a `Denoiser`; scheduler: the sampler.
+        time, alpha_bar: (), on the CPU, where the host reads them without waiting for a GPU.
+        x_t: (B, C, H, W) as the network expects it; labels: (B, 24); scale: s.
+        objects: the number of objects in the largest label set.
+        decode: x_t or x_0 -> images; classifier: an `Evaluator` or None; classifier_input: "x_0" or "x_t".
+        gradient: a place for what `predict` finds and `adjust` needs.
+    """
+
+    denoiser: torch.nn.Module
+    scheduler: SchedulerMixin
+    time: torch.Tensor
+    alpha_bar: torch.Tensor
+    x_t: torch.Tensor
+    labels: torch.Tensor
+    scale: float
+    objects: int
+    decode: Callable
+    classifier: object = None
+    classifier_input: str = "x_0"
+    gradient: torch.Tensor | None = None
+
+    @property
+    def prediction_type(self) -> str:
+        """epsilon, v_prediction or sample."""
+        return self.scheduler.config.prediction_type
+
+    @property
+    def t(self) -> torch.Tensor:
+        """(B,) the time of every image, where the network is."""
+        return torch.full((len(self.x_t),), self.time.item(), dtype=self.time.dtype, device=self.x_t.device)
+
+    def null(self, value: bool) -> torch.Tensor | None:
+        """(B,) bool: ignore the labels of every image, or of none; None where the network knows no null condition."""
+        if not value and self.denoiser.condition.null is None:
+            return None
+        return torch.full((len(self.labels),), value, device=self.labels.device)
 
 
-GUIDANCES = ("none", "classifier-free", "composition", *BY_CLASSIFIER)
+class Guidance:
+    """No guidance: the labelled prediction as it is. The base class of all others.
+
+    Attributes:
+        off_scale: the scale s at which it does nothing; None: there is none.
+        needs_null: it asks for the prediction without labels.
+        needs_classifier: it asks a classifier, so it costs a backward pass, which `evaluations` does not count.
+        samplers: names of the only samplers that it goes with; empty: all.
+        distilled: a distilled network can be guided so.
+    """
+
+    off_scale: float | None = None
+    needs_null = False
+    needs_classifier = False
+    samplers: tuple[str, ...] = ()
+    distilled = True
+
+    def fits(self, has_null: bool, distilled: bool) -> bool:
+        """Can a network with or without a null condition, distilled or not, be guided so?"""
+        return has_null or not self.needs_null
+
+    def evaluations(self, objects: int, scale: float, distilled: bool) -> int:
+        """Evaluations of the network for each image in a step, for label sets of up to so many objects."""
+        return 1
+
+    def predict(self, step: Step) -> torch.Tensor:
+        """The guided prediction, of the shape of x_t."""
+        return step.denoiser(step.x_t, step.t, step.labels, step.null(False)).float()
+
+    def adjust(self, x_next: torch.Tensor, step: Step) -> torch.Tensor:
+        """The state after the sampler's step, moved where the guidance does that."""
+        return x_next
+
+
+class ClassifierFree(Guidance):
+    """eps_uncond + s (eps_cond - eps_uncond) (Ho & Salimans 2022); s = 1 is off, s = 0 ignores the labels.
+
+    The same formula serves for v and x_0, which are affine in eps. Both predictions come from one pass of twice the
+    batch; a distilled network has learnt the result, and takes s as an input.
+    """
+
+    off_scale = 1.0
+    needs_null = True
+
+    def fits(self, has_null, distilled):
+        return has_null or distilled
+
+    def evaluations(self, objects, scale, distilled):
+        return 1 if distilled or scale in (0, 1) else 2
+
+    def predict(self, step):
+        if step.denoiser.config.student_steps:
+            return step.denoiser(step.x_t, step.t, step.labels, None, step.scale).float()
+        if step.scale in (0, 1):
+            return step.denoiser(step.x_t, step.t, step.labels, step.null(step.scale == 0)).float()
+        null = torch.cat([step.null(True), step.null(False)])
+        twice = step.denoiser(step.x_t.repeat(2, 1, 1, 1), step.t.repeat(2), step.labels.repeat(2, 1), null)
+        uncond, cond = twice.float().chunk(2)
+        return uncond + step.scale * (cond - uncond)
+
+
+class Composition(Guidance):
+    """eps_uncond + s sum_i (eps_i - eps_uncond), where eps_i knows object i alone (Liu et al. 2022).
+
+    One pass for each object and one without labels, in one batch.
+    """
+
+    needs_null = True
+    distilled = False
+
+    def evaluations(self, objects, scale, distilled):
+        return 1 + objects
+
+    def predict(self, step):
+        count = step.objects
+        present, index = (v[:, :count] for v in step.labels.sort(dim=1, descending=True, stable=True))
+        single = F.one_hot(index.T, len(OBJECTS)).to(step.labels)  # (count, B, 24)
+        labels = torch.cat([step.labels, single.flatten(0, 1)])
+        null = torch.cat([step.null(True), step.null(False).repeat(count)])
+        outputs = step.denoiser(step.x_t.repeat(count + 1, 1, 1, 1), step.t.repeat(count + 1), labels, null)
+        uncond, *parts = outputs.float().chunk(count + 1)
+        there = present.T.view(count, -1, 1, 1, 1)
+        return uncond + step.scale * (there * (torch.stack(parts) - uncond)).sum(0)
+
+
+class ByClassifier(Guidance):
+    """The gradient of log p(labels | x_t) by a classifier (Dhariwal & Nichol 2021); s = 0 is off."""
+
+    off_scale = 0.0
+    needs_classifier = True
+
+    @torch.enable_grad()
+    def ask(self, step: Step) -> torch.Tensor:
+        """The plain prediction; leaves the gradient at x_t in `step`, zero where x_t is noise."""
+        x_t = step.x_t.detach().requires_grad_()
+        prediction = step.denoiser(x_t, step.t, step.labels).float()
+        if step.classifier_input == "x_0":
+            images = step.decode(to_x_0(prediction, x_t, step.alpha_bar, step.prediction_type)).clamp(-1, 1)
+        else:
+            images = step.decode(x_t)
+        log_p = step.classifier.log_probability(images, step.labels)
+        step.gradient = torch.autograd.grad(log_p.sum(), x_t)[0] * (step.alpha_bar > 1e-4)
+        return prediction.detach()
+
+
+class Classifier1(ByClassifier):
+    """Algorithm 1: s times the gradient, times the variance of the step, moves the mean of an ancestral step."""
+
+    samplers = ("ddpm",)
+    distilled = False
+
+    def predict(self, step):
+        return self.ask(step)
+
+    def adjust(self, x_next, step):
+        return x_next + step.scale * _variance(step) * step.gradient
+
+
+class Classifier2(ByClassifier):
+    """Algorithm 2: s times the gradient moves eps, with any sampler."""
+
+    def predict(self, step):
+        prediction = self.ask(step)
+        a, b = step.alpha_bar.sqrt().clamp(min=1e-6), (1 - step.alpha_bar).sqrt()
+        # What a change of eps by b times the gradient is in what the network predicts.
+        factor = {"epsilon": b, "v_prediction": b / a, "sample": -(b**2) / a}[step.prediction_type]
+        return prediction - step.scale * (factor * step.gradient)
+
+
+def _variance(step):
+    """Of an ancestral step (Ho et al. 2020, eq. 7)."""
+    now, before = step.alpha_bar, step.scheduler.previous_timestep(step.time)
+    before = step.scheduler.alphas_cumprod[before] if before >= 0 else torch.ones_like(now)
+    return (1 - before) / (1 - now) * (1 - now / before)
+
+
+#: Add a guidance here and everything knows it: name -> an instance of its class.
+GUIDANCES = {
+    "none": Guidance(),
+    "classifier-free": ClassifierFree(),
+    "composition": Composition(),
+    "classifier-1": Classifier1(),
+    "classifier-2": Classifier2(),
+}
+#: Those that ask a classifier.
+BY_CLASSIFIER = tuple(name for name, guidance in GUIDANCES.items() if guidance.needs_classifier)
 
 
 def steps_with_guidance(scheduler: SchedulerMixin, interval: tuple[float, float]) -> list[bool]:
-    """Of each pass of a sampler whose steps are set: does its t / T lie in the interval?"""
+    """For each pass of a sampler whose steps are set: does its t / T lie in the interval?"""
     low, high = (end * scheduler.config.num_train_timesteps for end in interval)
     return [low <= t <= high for t in scheduler.timesteps.tolist()]
 
 
-def guidance_kind(settings: Settings) -> str:
-    """`settings.guidance`, or "none" where its scale turns it off."""
-    off = {"classifier-free": 1, "classifier-1": 0, "classifier-2": 0}
-    return "none" if off.get(settings.guidance) == settings.guidance_scale else settings.guidance
+def guidance_kind(options: Sampling) -> str:
+    """The name of the guidance, or "none" where its scale turns it off."""
+    return "none" if GUIDANCES[options.guidance].off_scale == options.guidance_scale else options.guidance
 
 
-def guidance_of(settings: Settings) -> dict:
-    """How `settings` guide, as results.json keeps it: kind and scale, and what else is not as usual."""
-    told = {"kind": guidance_kind(settings), "scale": settings.guidance_scale}
-    if told["kind"] in BY_CLASSIFIER:
-        told["shown"] = settings.classifier_input
-    if told["kind"] != "none" and settings.guidance_interval != (0.0, 1.0):
-        told["interval"] = list(settings.guidance_interval)
-    return told
+def guidance_record(options: Sampling) -> dict:
+    """The guidance as results.json keeps it: kind and scale, and what else differs from the usual."""
+    kept = {"kind": guidance_kind(options), "scale": options.guidance_scale}
+    if kept["kind"] in BY_CLASSIFIER:
+        kept["shown"] = options.classifier_input
+    if kept["kind"] != "none" and options.guidance_interval != (0.0, 1.0):
+        kept["interval"] = list(options.guidance_interval)
+    return kept
 
 
 def describe_guidance(kind: str, scale: float | None, shown: str | None = None, interval=None) -> str:
-    """What `guidance_of` gives in words: "none", "s = 3" (classifier-free), "composition, s = 3",
+    """What `guidance_record` gives in words: "none", "s = 3" (classifier-free), "composition, s = 3",
     "classifier-2 by x_0, s = 4" or "s = 3 at t/T from 0.2 to 0.8"."""
     if kind == "none" or scale is None:
         return "none"
     where = f" at t/T from {interval[0]:g} to {interval[1]:g}" if interval else ""
-    said = "" if kind == "classifier-free" else f"{kind}{f' by {shown}' if shown else ''}, "
-    return f"{said}s = {scale:g}{where}"
+    name = "" if kind == "classifier-free" else f"{kind}{f' by {shown}' if shown else ''}, "
+    return f"{name}s = {scale:g}{where}"
