@@ -1,27 +1,27 @@
-"""Latent diffusion: an autoencoder in front of the denoiser (Rombach et al. 2022)."""
+"""Latent diffusion: an autoencoder in front of the denoiser (Rombach et al. 2022).
+
+Stands on dataset, labels, options, machine and storage.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-import typing
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDPMScheduler
 from torch import nn
 
+from lab6.dataset import ICLEVRDataset, data_facts
 from lab6.labels import to_float
-from lab6.machine import autocast, format_seconds, make_generator, progress
-from lab6.storage import exclusive, save_with_history, write_whole
-
-if typing.TYPE_CHECKING:
-    from lab6.dataset import ICLEVRDataset
-    from lab6.settings import Settings
+from lab6.machine import autocast, format_seconds, make_generator, progress, time_left
+from lab6.settings import Settings
+from lab6.storage import exclusive, read_json, replace_folder, write_json, write_whole
 
 
 def make_autoencoder(settings: Settings) -> AutoencoderKL:
-    """The autoencoder of latent diffusion (Rombach et al. 2022), initialised from the seed."""
+    """The autoencoder of latent diffusion, initialised from the seed."""
     channels = settings.autoencoder_channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -36,7 +36,7 @@ def make_autoencoder(settings: Settings) -> AutoencoderKL:
     return autoencoder.to(settings.device, memory_format=torch.channels_last)
 
 
-def encode(autoencoder: AutoencoderKL, images: torch.Tensor):
+def encode_images(autoencoder: AutoencoderKL, images: torch.Tensor):
     """Mean and standard deviation of the latents of (B, 3, 64, 64), each (B, latent_channels, 16, 16), scaled so that
     over the training images each channel has mean 0 and variance 1 (once the autoencoder knows their statistics)."""
     posterior = autoencoder.encode(images.to(autoencoder.device)).latent_dist
@@ -44,8 +44,8 @@ def encode(autoencoder: AutoencoderKL, images: torch.Tensor):
     return (posterior.mean - mean) / scale, posterior.std / scale
 
 
-def decode(autoencoder: AutoencoderKL | None, latents: torch.Tensor) -> torch.Tensor:
-    """Pictures of latents, scaled as by `encode`; without an autoencoder what is given, which then is a picture."""
+def decode_latents(autoencoder: AutoencoderKL | None, latents: torch.Tensor) -> torch.Tensor:
+    """Images of latents, scaled as by `encode_images`; without an autoencoder the input, which then is an image."""
     if autoencoder is None:
         return latents
     mean, scale = _latent_statistics(autoencoder)
@@ -58,21 +58,26 @@ def _latent_statistics(autoencoder):
 
 
 class LatentDataset:
-    """Training images as latents, encoded once; `draw` gives a fresh sample of their distribution each time."""
+    """Training images as the latents' distributions, encoded once; `batch` samples from them anew each time."""
 
     def __init__(self, dataset: ICLEVRDataset, autoencoder: AutoencoderKL):
-        self.split, self.labels = dataset.split, dataset.labels
+        self.autoencoder, device = autoencoder, autoencoder.device
+        self.labels = dataset.labels.to(device)
         with torch.no_grad():
-            parts = [encode(autoencoder, to_float(pixels)) for pixels in progress(dataset.pixels.split(64), "encoding")]
-        self.mean, self.std = (torch.cat(v).cpu() for v in zip(*parts, strict=True))
+            batches = progress(dataset.pixels.split(64), "encoding")
+            parts = [encode_images(autoencoder, to_float(pixels)) for pixels in batches]
+        self.mean, self.std = (torch.cat(v) for v in zip(*parts, strict=True))
 
     def __len__(self):
         return len(self.labels)
 
-    def draw(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """x_0 for training: latents of `rows`, on the generator's device."""
-        mean, std = (v[rows].to(generator.device) for v in (self.mean, self.std))
-        return mean + std * torch.randn(mean.shape, generator=generator, device=generator.device)
+    def prepare(self, denoiser: nn.Module):
+        """Nothing: the network begins at random."""
+
+    def batch(self, rows: torch.Tensor, t: torch.Tensor, noise, scheduler: DDPMScheduler) -> dict:
+        """Latents of `rows` and the noise to add to them (see `training_batch`)."""
+        x_0 = self.mean[rows] + self.std[rows] * noise("latents", self.mean.shape[1:])
+        return dict(x_0=x_0, eps=noise("noise", self.mean.shape[1:]), t=t, scale=torch.ones(len(t), device=t.device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +87,7 @@ class AutoencoderEpoch:
     epoch: int
     epochs: int
     loss: float
-    error: float  # mean absolute, of pictures in [-1, 1]
+    error: float  # mean absolute, of images in [-1, 1]
     seconds_left: float
 
     def __str__(self):
@@ -90,63 +95,106 @@ class AutoencoderEpoch:
         return f"epoch {self.epoch}/{self.epochs}  autoencoder, error {self.error:.4f}  {left} left"
 
 
-def train_autoencoder(settings: Settings, dataset: ICLEVRDataset, folder: Path):
-    """Train the autoencoder of latent diffusion in `folder`/autoencoder; yields an `AutoencoderEpoch` after each.
+def train_autoencoder(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool = True):
+    """Train the autoencoder of latent diffusion in `folder`/autoencoder; yields an `AutoencoderEpoch` after each epoch.
 
-    Its loss is the mean absolute error of the pictures, and 1e-6 times the KL divergence of their latents from N(0, I),
-    which keeps them near each other (the idea of Rombach et al. 2022). A finished one is left alone, a stopped one
-    goes on; for diffusion of pixels there is nothing to do.
+    Its loss is the mean absolute error of the images, plus 1e-6 times the KL divergence of their latents from N(0, I),
+    which keeps them near each other (the idea of Rombach et al. 2022). With `resume`, a finished one is left alone and
+    a stopped one continues. For diffusion of pixels there is nothing to do.
+
+    Raises:
+        ValueError: with `resume`, the folder holds one of other settings or of other data.
     """
     if settings.space == "latents":
         with exclusive(Path(folder) / "lock"):
-            yield from _train_autoencoder(settings, dataset, Path(folder) / "autoencoder")
+            yield from _train_autoencoder(settings, dataset, Path(folder) / "autoencoder", resume)
 
 
-def _train_autoencoder(settings, dataset, folder):
-    if (folder / "config.json").is_file():
-        return
-    device, autoencoder = settings.device, make_autoencoder(settings)
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=1e-3, weight_decay=0.0, fused=device != "mps")
-    size = min(settings.batch_size, len(dataset))
-    steps = len(dataset) // size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps * settings.autoencoder_epochs)
-    parts = dict(model=autoencoder, optimizer=optimizer, schedule=schedule)
+def _train_autoencoder(settings, dataset, folder, resume):
+    made_of = _made_of(settings, dataset)
     resumed = folder.with_suffix(".pt")
-    state = torch.load(resumed, map_location=device, weights_only=True) if resumed.exists() else {"history": []}
+    state = {"history": []}
+    if resume and (folder / "config.json").is_file():
+        return _check_made_of(read_json(folder / "made_of.json", default={}), made_of, folder)
+    if resume and resumed.exists():
+        state = torch.load(resumed, map_location=settings.device, weights_only=True)
+        _check_made_of(state.get("made_of", {}), made_of, resumed)
+    autoencoder, size = make_autoencoder(settings), min(settings.batch_size, len(dataset))
+    parts = _parts(settings, autoencoder, len(dataset) // size * settings.autoencoder_epochs)
     for name, part in parts.items():
         if name in state:
             part.load_state_dict(state[name])
     history, start = state["history"], time.perf_counter()
-    for epoch in range(len(history), settings.autoencoder_epochs):
-        totals = torch.zeros(2, device=device)
-        order = torch.randperm(len(dataset), generator=make_generator(settings.seed, 3, epoch))
-        for step in progress(range(steps), f"autoencoder, epoch {epoch + 1}"):
-            g = make_generator(settings.seed, 4, epoch, step, device=device)
-            images = dataset.draw(order[step * size : (step + 1) * size], g)
-            with autocast(settings):
-                posterior = autoencoder.encode(images).latent_dist
-                noise = torch.randn(posterior.mean.shape, generator=g, device=device)
-                error = (autoencoder.decode(posterior.mean + posterior.std * noise).sample - images).abs().mean()
-            loss = error + 1e-6 * posterior.kl().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            totals += torch.stack([loss.detach(), error.detach()])
-        loss, error = (totals / steps).tolist()
-        spent = (time.perf_counter() - start) / (epoch + 1 - len(state["history"]))
-        left = settings.autoencoder_epochs - epoch - 1
-        record = AutoencoderEpoch(epoch + 1, settings.autoencoder_epochs, loss, error, seconds_left=spent * left)
+    done, total = len(history), settings.autoencoder_epochs
+    for epoch in range(done, total):
+        loss, error = _one_epoch(settings, dataset, epoch, size, **parts)
+        left = time_left(start, epoch + 1 - done, total - done)
+        record = AutoencoderEpoch(epoch + 1, total, loss, error, seconds_left=left)
         history = [*history, dataclasses.asdict(record)]
-        saved = {name: part.state_dict() for name, part in parts.items()} | {"history": history}
+        saved = {name: part.state_dict() for name, part in parts.items()} | dict(history=history, made_of=made_of)
         write_whole(resumed, lambda temporary, saved=saved: torch.save(saved, temporary))
         yield record
-    latents = LatentDataset(dataset, autoencoder.eval().requires_grad_(False))
+    _save(autoencoder.eval().requires_grad_(False), dataset, folder, history, made_of)
+    resumed.unlink()
+
+
+def _made_of(settings, dataset):
+    """What decides how a trained autoencoder turns out, as json holds it."""
+    names = ("seed", "batch_size", "norm_groups", "autoencoder_channels", "latent_channels", "autoencoder_epochs")
+    values = {name: getattr(settings, name) for name in names} | data_facts(dataset)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _check_made_of(there, here, where):
+    differ = [f"{name} ({there[name]!r} there, {here[name]!r} now)" for name in there if there[name] != here.get(name)]
+    if differ:
+        raise ValueError(
+            f"{where} holds an autoencoder of other settings or data: {', '.join(differ)}. Name another run "
+            f"(run='...'), or delete {where.parent} to start afresh."
+        )
+
+
+def _parts(settings, autoencoder, steps):
+    """What a training of the autoencoder keeps: {name: object with a state dict}."""
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=1e-3, weight_decay=0.0, fused=settings.device != "mps")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+    return dict(model=autoencoder, optimizer=optimizer, schedule=schedule)
+
+
+def _one_epoch(settings, dataset, epoch, size, model, optimizer, schedule):
+    """Train for one epoch; returns the mean loss and the mean absolute error."""
+    device, steps = settings.device, len(dataset) // size
+    totals = torch.zeros(2, device=device)
+    order = torch.randperm(len(dataset), generator=make_generator(settings.seed, "autoencoder order", epoch)).to(device)
+    for step in progress(range(steps), f"autoencoder, epoch {epoch + 1}"):
+        g = make_generator(settings.seed, "autoencoder noise", epoch, step, device=device)
+        images = dataset.images_at(order[step * size : (step + 1) * size])
+        with autocast(settings):
+            posterior = model.encode(images).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=g, device=device)
+            error = (model.decode(posterior.mean + posterior.std * noise).sample - images).abs().mean()
+        loss = error + 1e-6 * posterior.kl().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        totals += torch.stack([loss.detach(), error.detach()])
+    return (totals / steps).tolist()
+
+
+def _save(autoencoder, dataset, folder, history, made_of):
+    """Save a finished autoencoder, which from then on knows the statistics of its latents."""
+    latents = LatentDataset(dataset, autoencoder)
     mean, spread = latents.mean.mean((0, 2, 3)), latents.mean.var((0, 2, 3)) + latents.std.square().mean((0, 2, 3))
     autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=spread.sqrt().tolist())
-    save_with_history(autoencoder, folder, history)
-    resumed.unlink()
+
+    def write(temporary):
+        autoencoder.save_pretrained(temporary)
+        write_json(temporary / "history.json", history)
+        write_json(temporary / "made_of.json", made_of)
+
+    replace_folder(folder, write)
 
 
 def load_autoencoder(settings: Settings, folder: Path) -> AutoencoderKL | None:

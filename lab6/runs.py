@@ -1,9 +1,12 @@
-"""What a training run leaves on disk: its folder, its checkpoint, its pipeline."""
+"""What a training run leaves on disk: its folder, its checkpoint, its pipeline.
+
+Stands on pipeline, diffusion, dataset, settings, options, machine and storage.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import typing
+from pathlib import Path
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -12,45 +15,54 @@ from lab6.diffusion import make_sampler
 from lab6.machine import headless
 from lab6.pipeline import ICLEVRPipeline
 from lab6.settings import Settings
-from lab6.storage import WEIGHTS, from_project, load_history, sha256_of
-
-if typing.TYPE_CHECKING:
-    from pathlib import Path
+from lab6.storage import WEIGHTS, from_project, load_history, open_folder, sha256_of
 
 
-#: Settings that may change when a run is resumed. `epochs` moves the decay of the learning rate, no step before it.
-_RESUMABLE = {"profile", "run", "device", "precision", "torch_compile", "epochs", "keep", "keep_every", "sampler",
-              "steps", "guidance", "guidance_scale", "guidance_interval", "classifier_input", "ddpm_images", "seeds",
-              "evaluation_sets", "evaluator_epochs", "evaluator_scenes"}  # fmt: skip
+def run_folder(settings: Settings) -> Path:
+    """Where notebook 03 keeps a training run: data/runs/PROFILE/RUN."""
+    return settings.runs / settings.profile / (settings.run or settings.preset)
 
 
-def _first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]  # an error may have no message at all
+def read_checkpoint(settings: Settings, data: dict, folder: Path) -> dict | None:
+    """The state in `folder`, or None where there is none.
 
+    Args:
+        data: `data_facts` of the images to train on. Checkpoints of earlier versions do not know their data.
 
-def read_checkpoint(settings, folder):
-    """The state in `folder`, or None where there is none; ValueError for a run of other settings."""
+    Raises:
+        ValueError: it is damaged, or belongs to other settings or other data.
+    """
     file = folder / "checkpoint.pt"
     if not file.exists():
         return None
     try:
         state = torch.load(file, map_location=settings.device, weights_only=True)
         defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
-        saved = defaults | dict(state["settings"])  # what a setting says that is younger than the checkpoint
+        saved = defaults | dict(state["settings"])  # defaults for settings that are younger than the checkpoint
     except Exception as error:
         raise ValueError(
             f"{file}: not a checkpoint of this workbook ({_first_line(error)}); delete it to start afresh"
         ) from None
-    now = dataclasses.asdict(settings)
-    differ = [
-        f"{n} ({saved.get(n)!r} there, {now[n]!r} now)" for n in now if n not in _RESUMABLE and saved.get(n) != now[n]
-    ]
+    names = [field.name for field in dataclasses.fields(Settings) if not field.metadata["resumable"]]
+    now = {name: getattr(settings, name) for name in names}
+    differ = [f"{n} ({saved.get(n)!r} there, {now[n]!r} now)" for n in names if saved.get(n) != now[n]]
     if differ:
         raise ValueError(
             f"{file} belongs to other settings: {', '.join(differ)}. Name another run "
             f"(run='...'), or delete {folder} to start afresh."
         )
+    if state.get("data", data)["fingerprint"] != data["fingerprint"]:
+        there = state["data"]
+        raise ValueError(
+            f"{file} was trained on other data: {there['images']:,} images of {there['source']} there, "
+            f"{data['images']:,} images of {data['source']} now, of other content. Use the same data, name another run "
+            f"(run='...'), or delete {folder} to start afresh."
+        )
     return state
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]  # an error may have no message at all
 
 
 def load_pipeline(settings: Settings, weights: str = "auto") -> ICLEVRPipeline:
@@ -63,37 +75,33 @@ def load_pipeline(settings: Settings, weights: str = "auto") -> ICLEVRPipeline:
     Raises:
         FileNotFoundError: there is none, and which notebook makes it.
     """
-    folder = find_pipeline(settings, weights)
     diffusers_logging.disable_progress_bar()  # of loading two files
-    pipe = ICLEVRPipeline.from_pretrained(folder, local_files_only=True).to(settings.device)
-    pipe.set_progress_bar_config(disable=headless())
+    with open_folder(find_pipeline(settings, weights)) as folder:
+        pipe = ICLEVRPipeline.from_pretrained(folder, local_files_only=True)
+        pipe.weights_sha256 = sha256_of(folder / "denoiser" / "diffusion_pytorch_model.safetensors")
+        history = load_history(folder)
+    pipe.images_seen = history[-1]["images_seen"] if history else None
+    pipe.to(settings.device).set_progress_bar_config(disable=headless())
     pipe.denoiser.to(memory_format=torch.channels_last)
     pipe.scheduler = make_sampler(settings.sampler, pipe.scheduler)
-    pipe.weights_sha256 = sha256_of(folder / "denoiser" / "diffusion_pytorch_model.safetensors")
-    history = load_history(folder)
-    pipe.images_seen = history[-1]["images_seen"] if history else None
     return pipe
 
 
-def find_pipeline(settings, weights):
+def find_pipeline(settings: Settings, weights: str) -> Path:
+    """The folder of the pipeline that `load_pipeline` would load; FileNotFoundError where there is none."""
     shipped = WEIGHTS / settings.preset
     if weights == "auto":
         own = settings.run or settings.profile in ("full", "tiny") or not shipped.is_dir()
         weights = "trained" if own else "shipped"
     named = {"shipped": shipped, "trained": run_folder(settings) / "pipeline"}
-    folder = named.get(weights) or from_project(weights)
-    if not (folder / "model_index.json").is_file():
-        if weights not in named:
-            raise FileNotFoundError(
-                f"weights={weights!r}: no pipeline in {folder}; choose auto, shipped, trained or a pipeline's folder"
-            )
+    with open_folder(named.get(weights) or from_project(weights)) as folder:
+        if (folder / "model_index.json").is_file():
+            return folder
+    if weights not in named:
         raise FileNotFoundError(
-            f"No trained pipeline in {folder}: run notebook 03_model_and_training with profile={settings.profile!r} "
-            f"and preset={settings.preset!r} first" + (", or choose weights='shipped'" if shipped.is_dir() else "")
+            f"weights={weights!r}: no pipeline in {folder}; choose auto, shipped, trained or a pipeline's folder"
         )
-    return folder
-
-
-def run_folder(settings: Settings) -> Path:
-    """Where notebook 03 keeps a training run: data/runs/PROFILE/RUN."""
-    return settings.runs / settings.profile / (settings.run or settings.preset)
+    raise FileNotFoundError(
+        f"No trained pipeline in {folder}: run notebook 03_model_and_training with profile={settings.profile!r} "
+        f"and preset={settings.preset!r} first" + (", or choose weights='shipped'" if shipped.is_dir() else "")
+    )
