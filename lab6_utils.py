@@ -1,27 +1,31 @@
 """Shared code of the i-CLEVR diffusion workbook: the one module that notebooks and users import.
 
-What is imported here lives in the rooms of the package lab6/, listed below in the order of the notebooks. A room
-imports only from rooms below it (a contract in pyproject.toml says which those are, and CI checks it).
+Everything that is imported here lives in the rooms of the package lab6/, in the order of the notebooks:
 
     01  labels, files, dataset           the 24 objects, the course's files, the training images
     02  diffusion                        noise schedules, q(x_t | x_0), schedulers and samplers
     03  conditioning, denoiser           how labels enter a U-Net
-        autoencoder, distillation        two optional systems: latent diffusion, sampling in fewer steps
-        training, processes, runs        loss, EMA, checkpoints that resume exactly, several GPUs
-    04  guidance, pipeline, sampling     labels in, pictures out
+        autoencoder, distillation        two optional systems: latent diffusion, sampling in few steps
+        examples, training               what a training step sees; loss, EMA, checkpoints that resume exactly
+        processes, runs                  training on several GPUs; what a run leaves on disk
+    04  guidance, pipeline, sampling     how labels steer the sampling; labels in, images out
         widgets                          the sliders
-    05  evaluators, evaluation           networks that say which objects are in a picture, the course's protocol
+    05  evaluators, evaluation           networks that say which objects are in an image; the course's protocol
         evaluator_training, measures     how the evaluators are made; intervals and distances
     06  results, experiments             results.json, its tables and comparisons
-    --  settings, presets                every choice of a run
+    all options, settings, presets       every choice of a run
         figures, machine, storage        what all of them use
 
-Conventions. Images are (B, 3, 64, 64) float32 in [-1, 1]; labels are (B, 24) multi-hot float32 in the order
-of OBJECTS; timesteps run from 0 (almost clean) to T - 1 (almost noise). The letters are those of Ho et al.
-2020: x_0, x_t, eps, and alpha_bar for the cumulative product of (1 - beta). Guidance is
-eps_uncond + s * (eps_cond - eps_uncond): s = 1 is off, s = 0 ignores the labels. All randomness is derived
-from (seed, step), so the same settings give the same result, resumed or not. Importing this module does
-nothing but define names.
+A room imports only from rooms below it; pyproject.toml has their order, and CI checks it. To add something, enter it in
+its registry: a schedule in SCHEDULES or a sampler in SAMPLERS (lab6/diffusion.py), a conditioning in CONDITIONINGS
+(lab6/conditioning.py), a guidance in GUIDANCES (lab6/guidance.py), a system in PRESETS (lab6/presets.py), a figure as a
+plot_ function (lab6/figures.py).
+
+Conventions. Images are (B, 3, 64, 64) float32 in [-1, 1]; labels are (B, 24) multi-hot float32 in the order of OBJECTS;
+timesteps run from 0 (almost clean) to T - 1 (almost noise). The letters are those of Ho et al. 2020: x_0, x_t, eps, and
+alpha_bar for the cumulative product of (1 - beta). Guidance is eps_uncond + s * (eps_cond - eps_uncond): s = 1 is off,
+s = 0 ignores the labels. All randomness is derived from the seed and a named stream, so the same settings give the same
+result, resumed or not. Importing this module does nothing but define names.
 """
 
 # ruff: noqa: F401, I001 - these imports are here to be passed on, in the order of the notebooks
@@ -42,14 +46,16 @@ from lab6.diffusion import SCHEDULES, alphas_bar, snr, q_sample, to_x_0, make_sc
 from lab6.conditioning import LinearCondition, MLPCondition, MultiHotCondition, TokenCondition, CONDITIONINGS
 from lab6.denoiser import Denoiser, make_denoiser, count_flops, describe_denoiser, label_effect, count_parameters
 from lab6.autoencoder import (
-    make_autoencoder, encode, decode, LatentDataset, AutoencoderEpoch, train_autoencoder, load_autoencoder,
+    make_autoencoder, encode_images, decode_latents, LatentDataset, AutoencoderEpoch, train_autoencoder,
+    load_autoencoder,
 )
-from lab6.distillation import draw_trajectories, Trajectories, load_teacher
-from lab6.training import Epoch, learning_rate, loss_weights, training_batch, train
-from lab6.processes import count_processes, goes_on, train_in_processes, check_files
-from lab6.runs import load_pipeline, run_folder
+from lab6.distillation import sample_trajectories, Trajectories, load_teacher
+from lab6.examples import open_examples, training_batch
+from lab6.training import Epoch, learning_rate, loss_weights, train
+from lab6.processes import count_processes, goes_on, train_in_processes
+from lab6.runs import run_folder, load_pipeline
 from lab6.guidance import (
-    MAX_GUIDANCE_SCALE, BY_CLASSIFIER, GUIDANCES, steps_with_guidance, guidance_kind, guidance_of,
+    MAX_GUIDANCE_SCALE, Guidance, GUIDANCES, BY_CLASSIFIER, steps_with_guidance, guidance_kind, guidance_record,
     describe_guidance,
 )
 from lab6.pipeline import ICLEVROutput, ICLEVRPipeline
@@ -59,19 +65,20 @@ from lab6.evaluators import Evaluator, count_hits
 from lab6.evaluator_training import prepare_evaluator, prepare_judge, train_evaluator
 from lab6.evaluation import Evaluation, evaluate, GRADES, grade, print_course_result
 from lab6.measures import (
-    bootstrap_intervals, paired_test, frechet_distance, nearest, frechet_by_halves, mean_by_group, HUES,
+    bootstrap_intervals, paired_test, frechet_distance, nearest_neighbours, frechet_by_halves, mean_by_group, HUES,
     object_places, spread_of_places, with_interval,
 )
 from lab6.results import result_record, results_table, load_results, results_of_presets, systems_table, save_result
 from lab6.experiments import (
-    settings_of, is_known, compare_experiments, comparison_table, draw_accuracy, plot_comparisons,
+    settings_of, drop_unknown, compare_experiments, comparison_table, plot_accuracy, plot_comparisons,
 )
 from lab6.settings import Settings, make_settings
 from lab6.presets import PROFILES, SMALL_TOKENS, PRESETS, REPORTED
 from lab6.figures import (
-    save_pictures, new_figure, draw_image, plot_images, show_figure, save_figure, plot_confusions, plot_errors,
+    save_images, new_figure, plot_image, plot_images, show_figure, save_figure, markdown_table, plot_confusions,
+    plot_errors,
 )
-from lab6.machine import autocast, make_generator, headless, progress, format_seconds, commit, device_name
-from lab6.storage import ROOT, WEIGHTS, load_history, sha256_of, write_json, name_of
+from lab6.machine import autocast, wait_for, make_generator, headless, progress, format_seconds, commit, device_name
+from lab6.storage import ROOT, WEIGHTS, name_of, write_json, load_history, sha256_of
 
 __all__ = [name for name in dir() if not name.startswith("_")]

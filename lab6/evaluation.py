@@ -1,25 +1,24 @@
-"""What an evaluator found, over seeds and label sets: accuracies, intervals, errors. Notebook 05."""
+"""What an evaluator found, over seeds and label sets: accuracies, intervals, errors. Notebook 05.
+
+Stands on evaluators, labels and measures.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import typing
 
 import numpy as np
 import torch
 
-from lab6.evaluators import count_hits, top_k
+from lab6.evaluators import Evaluator, count_hits, top_k
 from lab6.labels import COLOURS, OBJECTS, SHAPES, encode_labels
 from lab6.measures import bootstrap_intervals
-
-if typing.TYPE_CHECKING:
-    from lab6.evaluators import Evaluator
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What an evaluator read in pictures of the same label sets, drawn with several seeds.
+    """What an evaluator found in images of the same label sets, sampled with several seeds.
 
     Attributes:
         probabilities: (S, N, 24), seed by label set; labels: (N, 24) multi-hot.
@@ -48,11 +47,11 @@ class Evaluation:
         return top_k(self.probabilities, self.labels) & self.labels.bool()
 
     def errors(self) -> dict:
-        """What is read in place of objects asked for: {kind: {"share", "ci95_sets"}}, of all labels asked for.
+        """What is found in place of objects asked for: {kind: {"share", "ci95_sets"}}, of all labels asked for.
 
-        An image's k highest outputs that were not asked for are its errors. "swapped": the colour and the shape were
-        both asked for, of different objects, so that an attribute was bound to the wrong one; "colour": of the two,
-        only the shape was asked for; "shape": only the colour; "both": neither.
+        An image's k highest outputs that were not asked for are its errors. "swapped": its colour and its shape
+        were both asked for, of different objects, so that an attribute was bound to the wrong object; "colour": only
+        its shape was asked for; "shape": only its colour; "both": neither.
         """
         asked = self.labels.bool().view(-1, len(SHAPES), len(COLOURS))
         colour, shape = (asked.any(dim, keepdim=True).expand_as(asked).flatten(1) for dim in (1, 2))
@@ -67,24 +66,24 @@ class Evaluation:
         return result
 
     def confusions(self) -> torch.Tensor:
-        """(24, 26) how often an object asked for (row) was not found, by the object read in its place (column).
+        """(24, 26) how often an object asked for (row) was not found, by the object found in its place (column).
 
-        The last two columns: "none", no output above 0.5 was left for it; "outranked", it was read too (above 0.5), but
-        more objects were than were asked for. Where several of an image's objects are missed, they are paired with what
-        was read so that pairs share as many colours and shapes as they can.
+        The last two columns: "none", no output above 0.5 was left for it; "outranked", its own output is above 0.5
+        too, but so are more outputs than objects asked for. If several of an image's objects are missed, they are
+        paired with what was found so that pairs share as many colours and shapes as possible.
         """
         none, outranked = len(OBJECTS), len(OBJECTS) + 1
         counts = torch.zeros(len(OBJECTS), len(OBJECTS) + 2, dtype=torch.long)
-        read, asked = top_k(self.probabilities, self.labels), self.labels.bool().expand_as(self.probabilities)
+        chosen, asked = top_k(self.probabilities, self.labels), self.labels.bool().expand_as(self.probabilities)
         shared = lambda a, b: (
             b < none and (a % len(COLOURS) == b % len(COLOURS)) + (a // len(COLOURS) == b // len(COLOURS))
         )
-        for image in (read & ~asked).any(-1).nonzero().tolist():
+        for image in (chosen & ~asked).any(-1).nonzero().tolist():
             sure = self.probabilities[*image] > 0.5
-            missed = asked[*image] & ~read[*image]
+            missed = asked[*image] & ~chosen[*image]
             counts[missed & sure, outranked] += 1
             missed = (missed & ~sure).nonzero().flatten().tolist()
-            taken = (read[*image] & ~asked[*image] & sure).nonzero().flatten().tolist()
+            taken = (chosen[*image] & ~asked[*image] & sure).nonzero().flatten().tolist()
             taken += [none] * (len(missed) - len(taken))
             ways = [list(zip(missed, order, strict=True)) for order in itertools.permutations(taken, len(missed))]
             for pair in max(ways, key=lambda way: sum(shared(*pair) for pair in way)):
@@ -95,8 +94,8 @@ class Evaluation:
         """All measures, with 95% bootstrap intervals of the accuracy; the keys are those of results.json.
 
         accuracy: the course's, labels found over labels asked for. accuracy_per_image: the mean over images of
-        the share found. accuracy_24: share of the 24 classes on the right side of 0.5 (a picture of nothing has
-        `accuracy_24_of_nothing`). exact_match: share of images whose outputs above 0.5 are just the labels.
+        the share found. accuracy_24: share of the 24 classes on the right side of 0.5 (an image of nothing has
+        `accuracy_24_of_nothing`). exact_match: share of images whose outputs above 0.5 are exactly the labels.
         f1: micro-averaged at 0.5. ci95_seeds: seeds resampled, label sets fixed; ci95_sets: seeds and label sets
         resampled; None where there is too little to resample (see `bootstrap_intervals`).
         """
@@ -121,7 +120,7 @@ class Evaluation:
 
 
 def evaluate(evaluator: Evaluator, images: torch.Tensor, labels, groups=None) -> Evaluation:
-    """Let `evaluator` read pictures.
+    """Let `evaluator` score images.
 
     Args:
         images: (S, N, 3, 64, 64) in [-1, 1]: S seeds of N label sets ((N, 3, 64, 64) counts as one seed).
@@ -137,17 +136,17 @@ def evaluate(evaluator: Evaluator, images: torch.Tensor, labels, groups=None) ->
     return Evaluation(probabilities, labels, evaluator.name, evaluator.sha256, groups)
 
 
-#: The course's grades: accuracy from which -> share of the points.
+#: The course's grades: the least accuracy -> share of the points.
 GRADES = {0.8: "100%", 0.7: "90%", 0.6: "80%", 0.5: "70%", 0.4: "60%"}
 
 
 def grade(accuracy: float) -> str:
-    """What the course gives for an accuracy, as a share of the points ("0%" below 0.4)."""
+    """The course's grade for an accuracy, as a share of the points ("0%" below 0.4)."""
     return next((points for limit, points in GRADES.items() if accuracy >= limit), "0%")
 
 
 def print_course_result(evaluation: Evaluation, split: str, seed: int = 0):
-    """Print one seed's accuracy, as the course wants the evaluator's output shown."""
+    """Print one seed's accuracy, in the form in which the course wants to see it."""
     found, asked = int(evaluation.hits[seed].sum()), int(evaluation.labels.sum())
     accuracy = found / asked
     print(f"{split}: accuracy {accuracy:.4f} ({found} of {asked} labels), grade {grade(accuracy)}")

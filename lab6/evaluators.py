@@ -1,23 +1,23 @@
-"""Networks that say which objects are in a picture, and the course's protocol of scoring. Notebook 05."""
+"""Networks that say which objects are in an image, and the course's protocol of scoring. Notebook 05.
+
+The evaluator is the course's ResNet-18, or ours of the same kind. The judge is another network, a DenseNet, which takes
+no part in training, choosing or guiding. Stands on files, labels and storage.
+"""
 
 from __future__ import annotations
 
-import typing
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lab6.files import DataFiles
 from lab6.labels import OBJECTS
 from lab6.storage import WEIGHTS, from_project, sha256_of
 
-if typing.TYPE_CHECKING:
-    from pathlib import Path
 
-    from lab6.files import DataFiles
-
-
-def make_evaluator_network(name):
+def make_evaluator_network(name: str) -> nn.Module:
     """The network of an evaluator, with 24 sigmoid outputs: the course's ResNet-18 or, for the "judge", a DenseNet."""
     from torchvision import models
 
@@ -31,13 +31,13 @@ def make_evaluator_network(name):
     return network
 
 
-def last_layer(network):
-    """The last layer of a reader, a Sequential(Linear, Sigmoid)."""
+def last_layer(network: nn.Module) -> nn.Sequential:
+    """The last layer of an evaluator, a Sequential(Linear, Sigmoid)."""
     return list(network.children())[-1]
 
 
 class Evaluator:
-    """Reads which objects are in a picture, and scores pictures by the course's protocol.
+    """Says which objects are in an image, and scores images by the course's protocol.
 
     Attributes:
         name: "course" (its checkpoint.pth), "resnet18" (ours, the same network and protocol) or "judge".
@@ -50,12 +50,12 @@ class Evaluator:
 
     @staticmethod
     def file_of(path: Path | str) -> Path:
-        """The file at `path` (from the project's folder on) or in that folder; raises FileNotFoundError."""
+        """The file at `path` (relative to the project's folder) or in that folder; raises FileNotFoundError."""
         path = from_project(path)
         file = path / "model.safetensors" if path.is_dir() else path
         if not file.is_file():
             raise FileNotFoundError(
-                f"No evaluator at {file}: name a checkpoint.pth or a folder of train_evaluator's, or choose 'auto'"
+                f"No evaluator at {file}: name a checkpoint.pth or a folder made by train_evaluator, or choose 'auto'"
             )
         return file
 
@@ -74,7 +74,7 @@ class Evaluator:
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as opened:
-                    name = (opened.metadata() or {}).get("reader", "resnet18")
+                    name = (opened.metadata() or {}).get("reader", "resnet18")  # the key of all versions
                     state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True)["model"]
@@ -101,15 +101,15 @@ class Evaluator:
             return torch.cat([self.network(x.to(self.device)).float().cpu() for x in images.split(256)])
 
     def log_probability(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """(B,) log p(labels | image), with gradients: of the objects asked for log sigma, of the others log(1 - sigma).
+        """(B,) log p(labels | image), with gradients: log sigma of the objects asked for, log(1 - sigma) of the others.
 
-        Computed from the network's outputs before the sigmoid, which a sure answer would round to 0 or 1.
+        Computed from the network's outputs before the sigmoid, which rounds a sure answer to 0 or 1.
         """
         logits = self._at_last_layer(images.float())[1]
         return -F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").sum(1)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, 64, 64) in [-1, 1] -> (B, width) what the last layer is given, on the CPU, in batches of 256."""
+        """(B, 3, 64, 64) in [-1, 1] -> (B, width) the input of the last layer, on the CPU, in batches of 256."""
         with torch.no_grad():
             return torch.cat([self._at_last_layer(x.to(self.device))[0].float().cpu() for x in images.split(256)])
 
@@ -125,7 +125,7 @@ class Evaluator:
         return kept
 
     def eval(self, images: torch.Tensor, labels: torch.Tensor) -> float:
-        """The course's accuracy: of all labels of the batch, the share found (see `count_hits`)."""
+        """The course's accuracy: the share of all labels of the batch that is found (see `count_hits`)."""
         return float(count_hits(self(images), labels).sum() / labels.sum())
 
 
@@ -142,7 +142,7 @@ def count_hits(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     return (top_k(probabilities, labels) & labels.bool()).sum(-1)
 
 
-def top_k(probabilities, labels):
-    """(..., B, 24) True for the k highest outputs of an image, where k labels of (B, 24) are asked for."""
+def top_k(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(..., B, 24) True for the k highest outputs of an image whose (B, 24) labels ask for k objects."""
     rank = probabilities.argsort(-1, descending=True).argsort(-1)
     return rank < labels.sum(1)[:, None]

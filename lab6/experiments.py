@@ -1,38 +1,41 @@
-"""Notebook 06: trainings that differ in one choice, found in results.json and compared."""
+"""Trainings that differ in one choice, found in results.json and compared. Notebook 06.
+
+Stands on figures, measures and settings.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import typing
 
-from lab6.figures import new_figure
+from lab6.figures import markdown_table, new_figure
 from lab6.measures import with_interval
-from lab6.settings import make_settings
+from lab6.settings import Settings, make_settings
 
 if typing.TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lab6.settings import Settings
-
 
 def settings_of(row: dict) -> Settings:
-    """Every setting of an experiment in results.json, also what it left to its preset."""
+    """Every setting of an experiment in results.json, including those that it left to its preset."""
     return make_settings(**{"preset": row["system"], "device": "cpu"} | row["experiment"])
 
 
-def is_known(row: dict) -> bool:
-    """Whether this version knows the settings of an experiment; if not, say so."""
-    try:
-        settings_of(row)
-    except ValueError as error:
-        print(f"not compared: an experiment of {row['system']} in results.json ({error})")
-        return False
-    return True
+def drop_unknown(rows: list[dict]) -> list[dict]:
+    """The experiments whose settings this version knows; prints a line for each other one."""
+    known = []
+    for row in rows:
+        try:
+            settings_of(row)
+            known.append(row)
+        except ValueError as error:
+            print(f"not compared: an experiment of {row['system']} in results.json ({error})")
+    return known
 
 
 def compare_experiments(rows: list[dict], *choice: str) -> dict[tuple, list[dict]]:
-    """The group of experiments that differ in the settings `choice` alone (and in the seed); of several groups the one
-    that was trained on most images, then the largest.
+    """The group of experiments that differ only in the settings `choice` (and in the seed). Of several groups it is the
+    one that was trained on most images, then the largest.
 
     Returns:
         {values of `choice`: the rows with these}, sorted; empty without rows.
@@ -49,23 +52,23 @@ def compare_experiments(rows: list[dict], *choice: str) -> dict[tuple, list[dict
     return dict(sorted(best.items(), key=lambda item: [str(v) if isinstance(v, tuple) else v for v in item[0]]))
 
 
-def _say(values):
+def _words(values):
     words = (("no", "yes")[v] if isinstance(v, bool) else str(v) for v in values)
     return ", ".join(words).replace("'", "")
 
 
 def comparison_table(group: dict[tuple, list[dict]]) -> str:
     """A Markdown table of what `compare_experiments` found: each training's accuracy, with its 95% interval."""
-    lines = ["| choice | parameters | test.json, by training | new_test.json, by training |", "|" + "---|" * 4]
+    lines = []
     for values, rows in group.items():
         cells = [", ".join(with_interval(r["accuracy"], r["ci95_sets"]) for r in rows if r["split"] == split)
                  for split in ("test", "new_test")]  # fmt: skip
-        lines.append(f"| {_say(values)} | {rows[0]['parameters'] / 1e6:.2f} M | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([_words(values), f"{rows[0]['parameters'] / 1e6:.2f} M", *cells])
+    return markdown_table(["choice", "parameters", "test.json, by training", "new_test.json, by training"], lines)
 
 
-def draw_accuracy(ax, row: dict, y: float, lower: bool):
-    """A dot and the bar of its 95% interval in the line y of a plot: the upper one red, the lower one blue."""
+def plot_accuracy(ax, row: dict, y: float, lower: bool):
+    """Plot a dot and the bar of its 95% interval in line y: red and a little higher, or blue and a little lower."""
     place, colour = (y + 0.13, "tab:blue") if lower else (y - 0.13, "tab:red")
     ax.plot(row["ci95_sets"] or [row["accuracy"]] * 2, [place] * 2, color=colour, alpha=0.3, linewidth=2)
     ax.plot(row["accuracy"], place, "o", color=colour, markersize=4)
@@ -78,8 +81,8 @@ def plot_comparisons(found: dict[tuple, dict]) -> Figure:
     for ax, (choice, group) in zip(axes[:, 0], found.items(), strict=True):
         for y, rows in enumerate(group.values()):
             for r in rows:
-                draw_accuracy(ax, r, y, lower=r["split"] == "new_test")
-        ax.set_yticks(range(len(group)), map(_say, group), fontsize=7)
+                plot_accuracy(ax, r, y, lower=r["split"] == "new_test")
+        ax.set_yticks(range(len(group)), map(_words, group), fontsize=7)
         ax.set_title(", ".join(choice).replace("_", " "), fontsize=8)
         ax.set_ylim(len(group) - 0.5, -0.5)
     axes[-1, 0].set_xlabel("accuracy (upper, red: test.json; lower, blue: new_test.json)", fontsize=8)

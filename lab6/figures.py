@@ -1,4 +1,7 @@
-"""What every notebook plots: each plot_ function returns a matplotlib Figure, to be shown and kept by `save_figure`."""
+"""Figures, tables and image files. Each plot_ function returns a matplotlib Figure; `save_figure` shows and keeps it.
+
+Stands on labels, settings, machine and storage.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,17 @@ import torch
 
 from lab6.labels import COLOURS, OBJECTS, to_pil, to_uint8
 from lab6.machine import commit, device_name
+from lab6.settings import Settings
 from lab6.storage import write_json, write_whole
 
-if typing.TYPE_CHECKING:
+if typing.TYPE_CHECKING:  # matplotlib takes its time to load
     from matplotlib.figure import Figure
 
-    from lab6.settings import Settings
 
-
-def save_pictures(images: torch.Tensor, folder: Path):
-    """Write each image as folder/000.png, 001.png, ... in order, in place of those that were there."""
-    for i, picture in enumerate(to_pil(images)):
-        write_whole(Path(folder) / f"{i:03d}.png", lambda temporary, p=picture: p.save(temporary, "png"))
+def save_images(images: torch.Tensor, folder: Path):
+    """Write each image as folder/000.png, 001.png, ... in order, and remove older ones."""
+    for i, image in enumerate(to_pil(images)):
+        write_whole(Path(folder) / f"{i:03d}.png", lambda temporary, image=image: image.save(temporary, "png"))
     for old in sorted(Path(folder).glob("[0-9][0-9][0-9].png"))[len(images) :]:
         old.unlink()
 
@@ -47,7 +49,7 @@ def new_figure(width: float = 8, height: float = 4, rows: int = 1, columns: int 
     return fig, axes
 
 
-def draw_image(ax, image: torch.Tensor, title: str = "", size: float = 7):
+def plot_image(ax, image: torch.Tensor, title: str = "", size: float = 7):
     """Put an image ((3, H, W) in [-1, 1] or uint8) on an axis, without ticks."""
     pixels = image if image.dtype == torch.uint8 else to_uint8(image)
     ax.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -70,7 +72,7 @@ def plot_images(images, titles=None, columns: int = 8, width: float = 8) -> Figu
     for ax in axes.flat[len(images) :]:
         ax.set_visible(False)
     for ax, image, text in zip(axes.flat, images, texts, strict=False):
-        draw_image(ax, image, text, size=min(7, 6.2 * cell))
+        plot_image(ax, image, text, size=min(7, 6.2 * cell))
     return fig
 
 
@@ -87,8 +89,8 @@ def show_figure(fig: Figure):
 def save_figure(fig: Figure, name: str, settings: Settings, caption: str, **provenance):
     """Keep a figure as settings.figures/NAME.png, with NAME.json beside it, and show it in the notebook.
 
-    What made the figure stands in its footer, in the PNG's metadata and in the json: commit, profile, seed and
-    device, and whatever `provenance` adds (data, weights, sampler, ...; plain values).
+    The footer, the PNG's metadata and the json say what made the figure: commit, profile, seed and device, and
+    everything in `provenance` (data, weights, sampler, ...; plain values).
     """
     from IPython.display import Markdown, display
 
@@ -111,15 +113,21 @@ def save_figure(fig: Figure, name: str, settings: Settings, caption: str, **prov
     display(Markdown(f"**Figure** `{name}`. {caption}"))
 
 
+def markdown_table(header: list[str], rows: list[list]) -> str:
+    """A Markdown table; cells are anything that str() can write."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
 def plot_confusions(counts: torch.Tensor, asked: int) -> Figure:
-    """(24, 26) `Evaluation.confusions`, and their sums by kind; `asked`: how many labels were asked for in all."""
+    """(24, 26) `Evaluation.confusions`, and their sums by kind; `asked`: the number of labels asked for."""
     fig, (ax, bars) = new_figure(8, 4.6, 1, 2, width_ratios=(3, 1))
     ax.imshow(counts, cmap="Oranges", vmin=0)
     for y, x in counts.nonzero().tolist():
         ax.text(x, y, int(counts[y, x]), ha="center", va="center", fontsize=5)
     ax.set_xticks(range(26), [*OBJECTS, "none", "outranked"], rotation=90, fontsize=6)
     ax.set_yticks(range(24), OBJECTS, fontsize=6)
-    ax.set(xlabel="what was read in its place", ylabel="asked for and not found")
+    ax.set(xlabel="what was found in its place", ylabel="asked for and not found")
     shape, colour = torch.arange(24) // len(COLOURS), torch.arange(24) % len(COLOURS)
     same_shape, same_colour = (x[:, None] == x for x in (shape, colour))
     others = counts[:, :24]
@@ -134,7 +142,7 @@ def plot_confusions(counts: torch.Tensor, asked: int) -> Figure:
 
 
 def plot_errors(errors: dict[str, list[dict]]) -> Figure:
-    """Of each label, the mean of `Evaluation.errors` over a list, as shares of all errors."""
+    """For each key, the mean of a list of `Evaluation.errors`, as shares of all errors."""
     kinds = {"swapped": ("swapped", "tab:red"), "colour": ("wrong colour", "tab:orange"),
              "shape": ("wrong shape", "tab:olive"), "both": ("both wrong", "tab:gray")}  # fmt: skip
     fig, ax = new_figure(8, 0.8 + 0.3 * len(errors))

@@ -1,4 +1,7 @@
-"""Statistics that know nothing of networks: intervals, paired tests, distances, places of objects."""
+"""Statistics that know nothing of networks: intervals, paired tests, distances, places of objects.
+
+Stands on files.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,8 @@ def paired_test(one, other, totals, resamples: int = 10_000) -> dict:
 
     Returns:
         difference of the accuracies; ci95_sets: label sets resampled (percentile bootstrap); p: how often a difference
-        as large turns up when at each label set it is a coin that says whose result is whose (two-sided permutation
-        test, Fisher 1935).
+        as large turns up if a coin says, for each label set, whose result is whose (two-sided permutation test,
+        Fisher 1935).
     """
     one, other, totals = (np.asarray(x, dtype=float) for x in (one, other, totals))
     if not one.shape[-1] == other.shape[-1] == len(totals):
@@ -63,8 +66,8 @@ def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
     """Distance of two Gaussians fitted to features, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017).
 
     Args:
-        one, other: (N, D) and (M, D) features of pictures. The estimate falls with more pictures: compare equal
-            numbers only.
+        one, other: (N, D) and (M, D) features of images. The estimate falls with more images, so compare only
+            equal numbers of them.
     """
     (mean_1, cov_1), (mean_2, cov_2) = ((x.double().mean(0), x.double().T.cov()) for x in (one, other))
     values, vectors = torch.linalg.eigh(cov_1)
@@ -73,52 +76,52 @@ def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * shared)
 
 
-def nearest(queries: torch.Tensor, references: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row of (Q, D) the nearest row of (R, D): (distances, root mean square over D; indices), each (Q,)."""
+def nearest_neighbours(queries: torch.Tensor, references: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row of (Q, D) the nearest row of (R, D): (distances, root mean square over D; indices), each (Q,)."""
     found = [torch.cdist(q.float(), references.float()).min(1) for q in queries.split(256)]
     distances, indices = (torch.cat(each) for each in zip(*found, strict=True))
     return distances / queries.shape[1] ** 0.5, indices
 
 
-def frechet_by_halves(drawn: torch.Tensor, real: torch.Tensor, scenes, other: torch.Tensor, other_scenes) -> dict:
-    """Is what was drawn as like real pictures as other real ones are? Five times the scenes are halved at random.
+def frechet_by_halves(sampled: torch.Tensor, real: torch.Tensor, scenes, other: torch.Tensor, other_scenes) -> dict:
+    """Are sampled images as similar to real ones as other real ones are? The scenes are halved at random five times.
 
     Args:
-        drawn, real: (N, D) features of pictures with the same labels; scenes: (N,) names of the real ones' scenes.
-        other, other_scenes: (M, D) features of real pictures of other scenes, of at least half as many scenes.
+        sampled, real: (N, D) features of images with the same labels; scenes: (N,) names of the real ones' scenes.
+        other, other_scenes: (M, D) features of real images of other scenes, of at least half as many scenes.
 
     Returns:
-        {"drawn": with one half's labels, against the real pictures of the other half; "floor": `other`, of as many
-        scenes, against these}, each [mean, lowest, highest] of five.
+        {"sampled": with one half's labels, against the real images of the other half; "floor": `other`, of as many
+        scenes, against the same}, each [mean, lowest, highest] of five.
     """
     each, every_other = np.unique(scenes), np.unique(other_scenes)
     half = len(each) // 2
     if not 1 < half <= len(every_other):
         raise ValueError(f"{len(each)} scenes and {len(every_other)} others: too few to halve")
-    found = {"drawn": [], "floor": []}
+    found = {"sampled": [], "floor": []}
     for i in range(5):
         rng = np.random.default_rng(i)
         first = torch.from_numpy(np.isin(scenes, rng.permutation(each)[:half]))
         extra = torch.from_numpy(np.isin(other_scenes, rng.permutation(every_other)[:half]))
-        found["drawn"].append(frechet_distance(drawn[first], real[~first]))
+        found["sampled"].append(frechet_distance(sampled[first], real[~first]))
         found["floor"].append(frechet_distance(other[extra], real[~first]))
-    return {who: [round(float(v), 4) for v in (np.mean(f), min(f), max(f))] for who, f in found.items()}
+    return {which: [round(float(v), 4) for v in (np.mean(f), min(f), max(f))] for which, f in found.items()}
 
 
 def mean_by_group(values, groups) -> list[float]:
-    """[mean, low, high] of (N,) values, 95% percentile bootstrap over groups: those of one group (a scene) together."""
+    """[mean, low, high] of (N,) values, 95% percentile bootstrap; values of one group (a scene) stay together."""
     number = np.unique(groups, return_inverse=True)[1]
     sums, counts = np.bincount(number, np.asarray(values, dtype=float)), np.bincount(number)
     return [round(float(sums.sum() / counts.sum()), 4), *bootstrap_intervals(sums[None], counts)[1]]
 
 
-#: Colours that can be told from all others and from the ground by their hue; yellow only without brown.
+#: Colours whose hue differs from all others and from the ground; yellow only where there is no brown.
 HUES = ("red", "blue", "green", "purple", "cyan", "yellow")
 
 
 def object_places(images: torch.Tensor, colour: str) -> torch.Tensor:
-    """(N, 2) x and y, in pixels, of the centre of what has this colour's hue (see HUES) in (N, 3, 64, 64); nan where
-    fewer than 5 pixels have."""
+    """(N, 2) x and y, in pixels, of the centre of all pixels with this colour's hue (see HUES) in (N, 3, 64, 64); nan
+    where there are fewer than 5."""
     grayless = lambda rgb, dim: rgb - rgb.mean(dim, keepdim=True)
     wanted = F.normalize(grayless(torch.tensor(load_renderer().COLOURS[colour]) / 255, 0), dim=0)
     found = grayless((images + 1) / 2, 1)
@@ -130,7 +133,7 @@ def object_places(images: torch.Tensor, colour: str) -> torch.Tensor:
 
 
 def spread_of_places(places: torch.Tensor) -> float:
-    """Root mean square distance, in pixels, of (N, 2) places from their mean; those that are nan left out."""
+    """Root mean square distance, in pixels, of (N, 2) places from their mean, without those that are nan."""
     places = places[~places.isnan().any(1)]
     return places.var(0).sum().sqrt().item()
 

@@ -39,12 +39,14 @@ def test_profile_auto_needs_a_gpu_for_full(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert lab.make_settings().profile == "quick"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("lab6.machine._first_kernel", lambda: None)
     assert lab.make_settings(precision="fp32").profile == "full"
 
 
 @pytest.mark.parametrize("cuda, mps, device", [(1, 1, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
 def test_device_is_cuda_then_mps_then_cpu(monkeypatch, cuda, mps, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr("lab6.machine._first_kernel", lambda: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
     assert lab.make_settings("tiny", precision="fp32").device == device
     assert lab.make_settings("tiny", precision="fp32", device="cpu").device == "cpu"
@@ -233,7 +235,7 @@ def test_only_the_missing_file_is_named(data):
         ("test.json", '[["red cube", "red cube"]]', "is twice"),
         ("new_test.json", '[["red cube"], 3]', ""),
         ("new_test.json", "[[]]", "is empty"),
-        ("test.json", "[]", "one or more pictures"),
+        ("test.json", "[]", "one or more images"),
     ],
 )
 def test_a_wrong_json_file_is_named(data, name, text, words):

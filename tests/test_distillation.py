@@ -1,4 +1,4 @@
-"""Students: a step of theirs leads where several guided steps of their teacher do, at any scale."""
+"""Distillation: one step of the distilled network leads where several guided steps of its teacher do, at any scale."""
 
 import pytest
 import torch
@@ -17,24 +17,24 @@ def teacher_folder(tmp_path_factory):
     return folder
 
 
-def student(folder, **choices):
+def distilled(folder, **choices):
     small = {name: getattr(tiny(), name) for name in ("channels", "token_dim", "norm_groups")}
     return tiny(preset="few-step", teacher=str(folder), **small | choices)
 
 
 @pytest.fixture(scope="module")
-def drawn(synthetic, teacher_folder, tmp_path_factory):
+def trajectories(synthetic, teacher_folder, tmp_path_factory):
     """Trajectories of the teacher."""
-    settings = student(teacher_folder)
+    settings = distilled(teacher_folder)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("LAB6_RUNS", str(tmp_path_factory.mktemp("runs")))
-        patched.setattr(lab, "_AT_A_TIME", 10)  # several parts, each with an s of its own
-        folder = lab.draw_trajectories(settings, synthetic.labels, lab.load_teacher(settings))
+        patched.setattr("lab6.distillation._AT_A_TIME", 10)  # several parts, each with an s of its own
+        folder = lab.sample_trajectories(settings, synthetic.labels, lab.load_teacher(settings))
         return lab.Trajectories(settings, synthetic.labels, folder)
 
 
-def test_a_student_begins_as_its_teacher_with_labels(teacher_folder):
-    settings = student(teacher_folder)
+def test_a_distilled_network_begins_as_its_teacher_with_labels(teacher_folder):
+    settings = distilled(teacher_folder)
     teacher, network = lab.load_teacher(settings).denoiser, lab.make_denoiser(settings)
     assert network.load_state_dict(teacher.state_dict(), strict=False).missing_keys == [
         "unet.time_embedding.cond_proj.weight"
@@ -48,36 +48,37 @@ def test_a_student_begins_as_its_teacher_with_labels(teacher_folder):
     assert (one - other).abs().amax((1, 2, 3)).min() > 1e-3, "the scale is an input"
 
 
-def test_trajectories_are_what_the_teacher_draws(synthetic, teacher_folder, drawn):
-    teacher, rows = lab.load_teacher(student(teacher_folder)), slice(0, 5)
-    assert drawn.states.shape == (len(synthetic), 5, 3, 64, 64)
-    assert 0 <= drawn.scales.min() < drawn.scales.max() <= lab.MAX_GUIDANCE_SCALE
+def test_trajectories_are_what_the_teacher_samples(synthetic, teacher_folder, trajectories):
+    teacher, rows = lab.load_teacher(distilled(teacher_folder)), slice(0, 5)
+    assert trajectories.states.shape == (len(synthetic), 5, 3, 64, 64)
+    assert 0 <= trajectories.scales.min() < trajectories.scales.max() <= lab.MAX_GUIDANCE_SCALE
     states = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(lab, "randn_tensor", lambda *_, **__: drawn.states[rows, 0].float())
-        teacher(synthetic.labels[rows], 12, drawn.scales[0].item(), output_type="pt",
+        patched.setattr("lab6.pipeline.randn_tensor", lambda *_, **__: trajectories.states[rows, 0].float())
+        teacher(synthetic.labels[rows], 12, trajectories.scales[0].item(), output_type="pt",
                 callback_on_step_end=lambda pipe, i, t, seen: states.append(seen["x_t"]))  # fmt: skip
     for i in (1, 2, 3):
-        torch.testing.assert_close(states[3 * i - 1], drawn.states[rows, i].float(), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(states[3 * i - 1], trajectories.states[rows, i].float(), rtol=1e-2, atol=1e-2)
 
 
-def test_one_step_arrives_where_the_teacher_did(teacher_folder, drawn):
-    settings = student(teacher_folder)
+def test_one_step_arrives_where_the_teacher_did(teacher_folder, trajectories):
+    settings = distilled(teacher_folder)
     noise = lab.make_scheduler(settings)
     sampler = lab.make_sampler("ddim", noise)
     sampler.set_timesteps(settings.student_steps)
     rows = torch.arange(4)
     for i, t in enumerate(sampler.timesteps):
-        x_0, eps, begins, scale = drawn.step_from(rows, torch.full((4,), int(t) - 7), noise)
-        assert (begins == t).all() and torch.equal(scale, drawn.scales[rows])
+        batch = trajectories.batch(rows, torch.full((4,), int(t) - 7), None, noise)
+        x_0, eps, begins, scale = (batch[name] for name in ("x_0", "eps", "t", "scale"))
+        assert (begins == t).all() and torch.equal(scale, trajectories.scales[rows])
         x_t = noise.add_noise(x_0, eps, begins)
-        torch.testing.assert_close(x_t, drawn.states[rows, i].float(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(x_t, trajectories.states[rows, i].float(), rtol=0, atol=1e-4)
         arrived = sampler.step(noise.get_velocity(x_0, eps, begins), t, x_t).prev_sample
-        torch.testing.assert_close(arrived, drawn.states[rows, i + 1].float(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(arrived, trajectories.states[rows, i + 1].float(), rtol=0, atol=1e-4)
 
 
-def test_a_drawing_that_was_stopped_goes_on(synthetic, teacher_folder, runs, monkeypatch):
-    settings = student(teacher_folder)
+def test_sampling_trajectories_continues_after_a_stop(synthetic, teacher_folder, runs, monkeypatch):
+    settings = distilled(teacher_folder)
     monkeypatch.setattr("lab6.distillation._AT_A_TIME", 10)
     labels, count = synthetic.labels[:30], []
 
@@ -86,31 +87,33 @@ def test_a_drawing_that_was_stopped_goes_on(synthetic, teacher_folder, runs, mon
             if len(count) == 2:
                 count.append("stopped")
                 raise KeyboardInterrupt
-            count.append("drawn")
+            count.append("sampled")
             return super().__call__(*arguments, **options)
 
     teacher = lab.load_teacher(settings)
     teacher.__class__ = Teacher
     with pytest.raises(KeyboardInterrupt):
-        lab.draw_trajectories(settings, labels, teacher)
-    folder = lab.draw_trajectories(settings, labels, teacher)
-    assert count == ["drawn", "drawn", "stopped", "drawn"] and len(list(folder.iterdir())) == 3
+        lab.sample_trajectories(settings, labels, teacher)
+    folder = lab.sample_trajectories(settings, labels, teacher)
+    assert count == ["sampled", "sampled", "stopped", "sampled"] and len(list(folder.iterdir())) == 3
     assert len(lab.Trajectories(settings, labels, folder)) == 30
-    assert lab.draw_trajectories(settings, labels.flip(0), teacher, (1, 2)) != folder, "of other labels, another folder"
+    assert lab.sample_trajectories(settings, labels.flip(0), teacher, (1, 2)) != folder, (
+        "of other labels, another folder"
+    )
     assert len(count) == 5, "one of three parts is that of the second of two processes"
 
 
-def test_a_student_is_trained_and_asked_once_a_step(synthetic, teacher_folder, runs):
-    settings = student(teacher_folder, epochs=2, run="taught")
+def test_a_distilled_network_is_trained_and_evaluated_once_a_step(synthetic, teacher_folder, runs):
+    settings = distilled(teacher_folder, epochs=4, learning_rate=2e-3, run="taught")
     records = list(lab.train(settings, synthetic, lab.run_folder(settings)))
-    assert records[1].loss < records[0].loss
+    assert records[-1].loss < records[0].loss
     pipe, asked = lab.load_pipeline(settings, "trained"), []
     pipe.denoiser.register_forward_hook(lambda m, arguments, out: asked.append(len(arguments[0])))
     few, many = (lab.sample(pipe, SETS, settings, guidance_scale=s) for s in (1.0, 5.0))
     assert asked == [3] * 8 and not torch.equal(few, many), "guidance costs nothing, and is there"
-    assert lab.count_evaluations(settings, lab.encode_labels(SETS), student=True) == 4
+    assert lab.count_evaluations(settings, lab.encode_labels(SETS), distilled=True) == 4
     assert pipe.guidances == ("none", "classifier-free", "classifier-1", "classifier-2")
-    assert lab.samplers_for(pipe, settings) == ["ddim"] and pipe.scales[-1] == lab.MAX_GUIDANCE_SCALE
+    assert lab.samplers_for(pipe, settings) == ["ddim"]
     scale, steps = lab.guidance_explorer(pipe, settings).children[1].children[3:5]
     assert steps.disabled and scale.continuous_update and scale.max == lab.MAX_GUIDANCE_SCALE, "it follows the slider"
     with pytest.raises(ValueError, match="no composition"):
@@ -120,19 +123,19 @@ def test_a_student_is_trained_and_asked_once_a_step(synthetic, teacher_folder, r
 @pytest.mark.parametrize(
     "other, words",
     [
-        (dict(channels=(16, 16, 16)), "another network than this run's: channels"),
-        (dict(schedule="linear"), "another network than this run's: trained_betas"),
-        (dict(prediction="sample"), "another network than this run's: prediction_type"),
+        (dict(channels=(16, 16, 16)), "its network differs from this run's in channels"),
+        (dict(schedule="linear"), "its network differs from this run's in trained_betas"),
+        (dict(prediction="sample"), "its network differs from this run's in prediction_type"),
     ],
 )
 def test_a_teacher_of_another_kind(synthetic, teacher_folder, runs, other, words):
-    settings = student(teacher_folder, **other)
+    settings = distilled(teacher_folder, **other)
     with pytest.raises(ValueError, match=words):
         list(lab.train(settings, synthetic, lab.run_folder(settings)))
 
 
 def test_no_such_teacher(synthetic, runs):
-    settings = student("token")
+    settings = distilled("token")
     with pytest.raises(FileNotFoundError, match=r"teacher='token': no pipeline in .* give a preset"):
         list(lab.train(settings, synthetic, lab.run_folder(settings)))
 
@@ -140,22 +143,22 @@ def test_no_such_teacher(synthetic, runs):
 @pytest.mark.parametrize(
     "given, words",
     [
-        (dict(teacher=""), "a student needs both"),
-        (dict(student_steps=0), "a student needs both"),
+        (dict(teacher=""), "distillation needs both"),
+        (dict(student_steps=0), "distillation needs both"),
         (dict(student_steps=3), "student_steps=3: must divide num_train_timesteps=1000"),
         (dict(student_steps=8), "must divide num_train_timesteps=1000 and teacher_steps=12"),
-        (dict(steps=20), "a student needs steps=4"),
-        (dict(sampler="ddpm"), "a student needs sampler='ddim'"),
-        (dict(flip=True), "a student needs flip=False"),
-        (dict(label_dropout=0.1), "a student needs label_dropout=0"),
-        (dict(prediction="epsilon"), "a student needs prediction='v_prediction'"),
-        (dict(conditioning="linear", attention=["none"] * 3), "a student needs conditioning='tokens'"),
+        (dict(steps=20), "distillation needs steps=4"),
+        (dict(sampler="ddpm"), "distillation needs sampler='ddim'"),
+        (dict(flip=True), "distillation needs flip=False"),
+        (dict(label_dropout=0.1), "distillation needs label_dropout=0"),
+        (dict(prediction="epsilon"), "distillation needs prediction='v_prediction'"),
+        (dict(conditioning="linear", attention=["none"] * 3), "distillation needs conditioning='tokens'"),
         (
             dict(guidance="composition"),
-            "guidance='composition': a student knows none, classifier-free and classifier-2",
+            "guidance='composition': a distilled network knows none, classifier-free, classifier-2",
         ),
     ],
 )
-def test_no_student_without_a_teacher(given, words):
+def test_what_distillation_needs(given, words):
     with pytest.raises(ValueError, match=words):
         lab.make_settings("full", device="cpu", preset="few-step", **given)

@@ -181,7 +181,7 @@ def coloured(tmp_path_factory, environment):
 @pytest.mark.parametrize(("reader", "epochs", "seen", "size"), [("resnet18", 4, 64, 23e6), ("judge", 8, 64, 9e6)])
 def test_an_evaluator_learns_and_is_kept(coloured, tmp_path, reader, epochs, seen, size):
     settings = tiny(evaluator_epochs=epochs)
-    records = list(lab.train_evaluator(settings, coloured, tmp_path, held_out=coloured, reader=reader))
+    records = list(lab.train_evaluator(settings, coloured, tmp_path, held_out=coloured, name=reader))
     assert [r["epoch"] for r in records] == list(range(1, epochs + 1)) and records[0]["images_seen"] == seen
     assert records[-1]["loss"] < 0.3 * records[0]["loss"]
     assert records[-1]["accuracy"] >= 0.9, "chance is below 0.1"
@@ -204,7 +204,7 @@ def test_the_judge_leaves_every_fifth_scene_out(coloured, tmp_path, monkeypatch)
         )
     for reader, whites in (("judge", False), ("resnet18", True)):
         seen.clear()
-        list(lab.train_evaluator(tiny(evaluator_epochs=2), coloured, tmp_path / reader, reader=reader))
+        list(lab.train_evaluator(tiny(evaluator_epochs=2), coloured, tmp_path / reader, name=reader))
         assert (sum(seen) > 0) == whites
 
 
@@ -510,7 +510,7 @@ def test_likeness_by_halves():
     alike = lab.frechet_by_halves(drawn, real, scenes, other, other_scenes)
     assert all(0 < low <= mean <= high < 0.1 for mean, low, high in alike.values())
     shifted = lab.frechet_by_halves(drawn + 1, real, scenes, other, other_scenes)
-    assert shifted["floor"] == alike["floor"] and shifted["drawn"][0] == pytest.approx(4, rel=0.1)
+    assert shifted["floor"] == alike["floor"] and shifted["sampled"][0] == pytest.approx(4, rel=0.1)
     with pytest.raises(ValueError, match="too few to halve"):
         lab.frechet_by_halves(drawn, real, scenes, other[:300], other_scenes[:300])
 
@@ -559,7 +559,7 @@ def test_the_spread_of_places():
 
 def test_the_nearest_picture():
     known = torch.rand(300, 3, 8, generator=lab.make_generator(0)).flatten(1)
-    distance, index = lab.nearest(known[[7, 290]] + 0.1, known)
+    distance, index = lab.nearest_neighbours(known[[7, 290]] + 0.1, known)
     assert index.tolist() == [7, 290] and distance.tolist() == pytest.approx([0.1, 0.1], abs=1e-5)
 
 
@@ -662,5 +662,6 @@ def test_the_shipped_pipeline_draws_what_is_asked_for(real_files):
 
 def test_an_experiment_with_a_schedule_that_is_gone(capsys):
     row = {"system": "tokens", "experiment": {"schedule": "quadratic", "profile": "tiny"}}
-    assert lab.is_known(row | {"experiment": {"schedule": "cosine", "profile": "tiny"}}) and not lab.is_known(row)
+    known = row | {"experiment": {"schedule": "cosine", "profile": "tiny"}}
+    assert lab.drop_unknown([row, known]) == [known]
     assert "an experiment of tokens in results.json (schedule='quadratic': choose from" in capsys.readouterr().out

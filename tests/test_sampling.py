@@ -9,6 +9,7 @@ from conftest import make_pipeline, tiny, tiny_linear
 from PIL import Image
 
 import lab6_utils as lab
+from lab6.guidance import Step
 
 SETS = [["red sphere"], ["cyan cube", "gray cube"], list(lab.MANUAL_SET)]
 
@@ -183,8 +184,10 @@ def test_algorithm_1_moves_the_mean_by_the_variance():
 def test_the_classifier_is_shown_the_predicted_picture_through_the_network(pipe):
     pipe.classifier = classifier = Brightness()
     x_t, t, labels = start(3), torch.tensor(499), lab.encode_labels(SETS)
-    prediction, gradient = pipe._classify(x_t, t, labels, "x_0")
-    pipe.classifier = None
+    step = Step(denoiser=pipe.denoiser, scheduler=pipe.scheduler, time=t, alpha_bar=pipe.scheduler.alphas_cumprod[499],
+                x_t=x_t, labels=labels, scale=1.0, objects=3, decode=lambda x: x, classifier=classifier)  # fmt: skip
+    prediction = lab.GUIDANCES["classifier-2"].ask(step)
+    gradient, pipe.classifier = step.gradient, None
     x_0 = lab.to_x_0(prediction, x_t, pipe.scheduler.alphas_cumprod[499], "v_prediction").clamp(-1, 1)
     torch.testing.assert_close(classifier.seen[0], x_0)
     direction = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1))
@@ -390,8 +393,8 @@ def test_sample_seeds_are_seeds(pipe):
 
 def test_pictures_are_kept_in_order(tmp_path):
     colours = torch.linspace(-1, 1, 12).view(12, 1, 1, 1).expand(12, 3, 64, 64)
-    lab.save_pictures(torch.zeros(20, 3, 64, 64), tmp_path)
-    lab.save_pictures(colours, tmp_path)
+    lab.save_images(torch.zeros(20, 3, 64, 64), tmp_path)
+    lab.save_images(colours, tmp_path)
     files = sorted(tmp_path.iterdir())
     assert [f.name for f in files] == [f"{i:03d}.png" for i in range(12)], "those of an earlier, longer list are gone"
     for file, colour in zip(files, lab.to_uint8(colours), strict=True):
