@@ -72,7 +72,7 @@ lock: $(BIN)/uv
 	  -o requirements.txt $(ARGS) >/dev/null
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache figures/quick data/runs/tiny data/runs/notebooks/tiny
+	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache figures/quick data/runs/tiny data/runs/notebooks/tiny
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/installed: requirements.txt | $(BIN)/uv

@@ -52,7 +52,7 @@ from lab6.autoencoder import (
 from lab6.distillation import sample_trajectories, Trajectories, load_teacher
 from lab6.examples import open_examples, training_batch
 from lab6.training import Epoch, learning_rate, loss_weights, train
-from lab6.processes import count_processes, goes_on, train_in_processes
+from lab6.processes import should_resume, count_processes, train_in_processes
 from lab6.runs import run_folder, load_pipeline
 from lab6.guidance import (
     MAX_GUIDANCE_SCALE, Guidance, GUIDANCES, BY_CLASSIFIER, steps_with_guidance, guidance_kind, guidance_record,

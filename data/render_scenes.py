@@ -332,7 +332,7 @@ def render_scenes(out, scenes, objects=3, size=64, seed=0, workers=None, hold_ou
     Args:
         out: folder, new or from the same choices; what is there is not rendered again.
         objects: pictures a scene, of one, two, ... objects; size: 64 or "native".
-        workers: processes; default one for each core.
+        workers: processes; default one for each core that this process may use.
         hold_out: no picture has a label set of test.json or new_test.json.
 
     Raises:
@@ -346,7 +346,7 @@ def render_scenes(out, scenes, objects=3, size=64, seed=0, workers=None, hold_ou
     for split, label_sets in sets.items():
         write_json(out / f"{split}.json", label_sets)
     write_json(out / "objects.json", {name: i for i, name in enumerate(OBJECTS)})
-    workers = workers or os.cpu_count()
+    workers = workers or count_cores()
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
     try:
         jobs = [pool.submit(render_scene, out / "iclevr", number, seed, objects, size, forbidden, margin)
@@ -361,6 +361,11 @@ def render_scenes(out, scenes, objects=3, size=64, seed=0, workers=None, hold_ou
         names = draw_labels(np.random.default_rng([seed, number, 0]), objects, forbidden)
         train |= {image_name(number, k): names[: k + 1] for k in range(objects)}
     write_json(out / "train.json", train)
+
+
+def count_cores():
+    """How many cores this process may use, which can be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def start_worker():

@@ -53,7 +53,7 @@ def decode_latents(autoencoder: AutoencoderKL | None, latents: torch.Tensor) -> 
 
 
 def _latent_statistics(autoencoder):
-    as_tensor = lambda values, default: torch.tensor(values or [default], device=autoencoder.device).view(1, -1, 1, 1)
+    as_tensor = lambda values, default: torch.tensor(values or [default]).view(1, -1, 1, 1).to(autoencoder.device)
     return as_tensor(autoencoder.config.latents_mean, 0.0), as_tensor(autoencoder.config.latents_std, 1.0)
 
 
@@ -99,8 +99,8 @@ def train_autoencoder(settings: Settings, dataset: ICLEVRDataset, folder: Path, 
     """Train the autoencoder of latent diffusion in `folder`/autoencoder; yields an `AutoencoderEpoch` after each epoch.
 
     Its loss is the mean absolute error of the images, plus 1e-6 times the KL divergence of their latents from N(0, I),
-    which keeps them near each other (the idea of Rombach et al. 2022). With `resume`, a finished one is left alone and
-    a stopped one continues. For diffusion of pixels there is nothing to do.
+    which keeps them near each other (the idea of Rombach et al. 2022). A finished one of the same settings and data is
+    left alone; with `resume`, a stopped one continues. For diffusion of pixels there is nothing to do.
 
     Raises:
         ValueError: with `resume`, the folder holds one of other settings or of other data.
@@ -114,8 +114,10 @@ def _train_autoencoder(settings, dataset, folder, resume):
     made_of = _made_of(settings, dataset)
     resumed = folder.with_suffix(".pt")
     state = {"history": []}
-    if resume and (folder / "config.json").is_file():
-        return _check_made_of(read_json(folder / "made_of.json", default={}), made_of, folder)
+    if (folder / "config.json").is_file():
+        there = read_json(folder / "made_of.json", default={})
+        if resume or there == made_of:
+            return _check_made_of(there, made_of, folder)
     if resume and resumed.exists():
         state = torch.load(resumed, map_location=settings.device, weights_only=True)
         _check_made_of(state.get("made_of", {}), made_of, resumed)

@@ -108,7 +108,7 @@ def _training_rows(dataset, crowded, name, device):
     pixels, labels = (torch.cat([getattr(part, what) for part in parts]).to(device) for what in ("pixels", "labels"))
     files = [file for part in parts for file in part.names]
     rows = [i for i, file in enumerate(files) if name != "judge" or int(scene_of(file)) % 5]
-    return pixels, labels, torch.tensor(rows, device=device)
+    return pixels, labels, torch.tensor(rows).to(device)
 
 
 def _one_epoch(settings, network, name, optimizer, schedule, pixels, labels, batches, epoch):

@@ -105,4 +105,4 @@ def training_batch(settings: Settings, examples, scheduler: DDPMScheduler, step:
 
 @functools.lru_cache(maxsize=2)  # the steps of an epoch share one order
 def _epoch_order(seed, epoch, count, device):
-    return torch.randperm(count, generator=make_generator(seed, "order", epoch)).to(device)
+    return torch.randperm(count, generator=make_generator(seed, "order", epoch, device=device), device=device)

@@ -1,51 +1,53 @@
-"""Training on several GPUs: one process each."""
+"""Training in several processes, one a GPU: how many, started from a notebook, and what each of them does.
+
+Stands on training, examples, autoencoder, runs, dataset, files, settings and storage.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import subprocess
 import sys
-import typing
 
 import torch
 
-from lab6.distillation import find_teacher
-from lab6.evaluators import Evaluator
-from lab6.runs import find_pipeline, run_folder
-from lab6.settings import make_settings
-from lab6.storage import ROOT, from_project
+from lab6.autoencoder import train_autoencoder
+from lab6.dataset import ICLEVRDataset, training_set
+from lab6.examples import batch_blocks
+from lab6.files import find_data
+from lab6.runs import run_folder
+from lab6.settings import Settings
+from lab6.storage import ROOT, write_json
+from lab6.training import train
 
-if typing.TYPE_CHECKING:
-    from lab6.dataset import ICLEVRDataset
-    from lab6.settings import Settings
+
+def should_resume(settings: Settings, resume: str) -> bool:
+    """What notebook 03's `resume` (yes, no or auto) means: auto continues an earlier run in the full profile only."""
+    return resume == "yes" or (resume == "auto" and settings.profile == "full")
 
 
 def count_processes(settings: Settings, dataset: ICLEVRDataset) -> int:
-    """How many processes `train` can use here: one a GPU, as far as they divide a batch; at least 1."""
-    gpus = torch.cuda.device_count() if settings.device == "cuda" else 1
-    return max(n for n in range(1, max(1, gpus) + 1) if min(settings.batch_size, len(dataset)) % n == 0)
-
-
-def goes_on(settings: Settings, resume: str) -> bool:
-    """What notebook 03's `resume` (yes, no or auto) means: auto goes on in the full profile only."""
-    return resume == "yes" or (resume == "auto" and settings.profile == "full")
+    """How many processes should train here: one a GPU, but each with 64 images of a batch or more, and all with equally
+    many of its blocks (see `batch_blocks`). At least 1."""
+    batch = min(settings.batch_size, len(dataset))
+    most = min(torch.cuda.device_count(), batch // 64) if settings.device == "cuda" else 1
+    return max((n for n in range(1, most + 1) if batch_blocks(batch) % n == 0), default=1)
 
 
 def train_in_processes(settings: Settings, processes: int, resume: bool = False):
     """What notebook 03 trains with these settings, in so many processes: run_notebooks.py --train under torchrun.
 
-    Prints their lines, and returns when all is trained: `train` with resume=True then finds a whole run.
+    The settings reach them by settings.json in the run's folder, where they stay. Prints what the processes print, and
+    returns when all is trained: `train` with resume=True then finds the run complete.
 
     Raises:
         RuntimeError: they failed; the reason is in what they printed.
     """
-    whole = dataclasses.asdict(make_settings(settings.profile, preset=settings.preset))
-    chosen = {name: value for name, value in dataclasses.asdict(settings).items() if value != whole[name]}
-    chosen |= dict(preset=settings.preset, resume="yes" if resume else "no")
-    values = [f"{name}={list(value) if isinstance(value, tuple) else value}" for name, value in chosen.items()]
+    file = run_folder(settings) / "settings.json"
+    write_json(file, dataclasses.asdict(settings))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [ROOT / "run_notebooks.py", "--train", "--profile", settings.profile]
-    command += [part for value in values for part in ("-p", value)]
+    command += [ROOT / "run_notebooks.py", "--train", "--settings", file, "-p", f"resume={'yes' if resume else 'no'}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             for line in process.stdout:
@@ -58,13 +60,24 @@ def train_in_processes(settings: Settings, processes: int, resume: bool = False)
         raise RuntimeError(f"training in {processes} processes failed (exit status {process.returncode}): see above")
 
 
-def check_files(settings: Settings, weights: str = "auto", evaluator: str = "auto"):
-    """Raise FileNotFoundError where a pipeline, teacher or evaluator that is named, and not made by the run, is not
-    there. Arguments as for `load_pipeline` and `prepare_evaluator`."""
-    made_here = from_project(weights).resolve().is_relative_to(run_folder(settings))  # by notebook 03, perhaps
-    if weights not in ("auto", "trained") and not made_here:
-        find_pipeline(settings, weights)
-    if settings.teacher:
-        find_teacher(settings)
-    if evaluator != "auto":
-        Evaluator.file_of(evaluator)
+def train_here(settings: Settings, resume: bool = False):
+    """Train as notebook 03 does, in as many processes as torchrun or accelerate started; prints a line an epoch.
+
+    Raises:
+        OSError, ValueError, RuntimeError: no data, a checkpoint of other settings, not enough memory.
+    """
+    from accelerate import PartialState
+
+    # The others wait while the first renders scenes or trains the autoencoder: longer than the usual ten minutes.
+    state = PartialState(cpu=settings.device == "cpu", timeout=datetime.timedelta(hours=12))
+    folder = run_folder(settings)
+    with state.main_process_first():  # the others find the cache
+        dataset = training_set(settings, find_data(settings.rendered_scenes))
+    if state.is_main_process:
+        print(f"progress: {len(dataset)} images, {state.num_processes} processes, {folder}", flush=True)
+        for epoch in train_autoencoder(settings, dataset, folder, resume):
+            print(epoch, flush=True)
+    state.wait_for_everyone()
+    for epoch in train(settings, dataset, folder, resume):
+        if state.is_main_process:
+            print(epoch, flush=True)

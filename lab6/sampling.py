@@ -17,9 +17,9 @@ from lab6.machine import autocast, make_generator, progress
 from lab6.pipeline import ICLEVRPipeline
 from lab6.settings import Settings
 
-#: Images that pass through the network together. A GPU takes as many as its memory allows, from this number downwards;
-#: a CPU gains nothing by more.
-AT_A_TIME = {"cuda": 512, "mps": 64, "cpu": 64}
+#: Images that pass through the network together: a CPU gains nothing by more than the first; a GPU takes the second, or
+#: as many as its memory allows.
+AT_A_TIME, AT_A_TIME_ON_A_GPU = 64, 512
 
 
 def sample(pipe: ICLEVRPipeline, label_sets, settings: Settings, seed: int = 0, **overrides) -> torch.Tensor:
@@ -89,16 +89,16 @@ def _move(pipe, device):
 
 
 def _sample_seeds(pipe, label_sets, settings, seeds, overrides):
-    """(seeds, label sets, 3, 64, 64). Each image has a generator of its own, so that it does not depend on its batch, but
-    for the last bits. A GPU takes all seeds together, in batches as large as its memory allows; on a CPU each seed has
-    its own batches, for the same bits as alone."""
+    """(seeds, label sets, 3, 64, 64). Each image has a generator of its own, so that only its last bits depend on its
+    batch. A GPU takes all seeds together, in batches as large as its memory allows; on a CPU each seed has batches of
+    its own, for the same bits as when it is sampled alone."""
     from accelerate.utils import find_executable_batch_size
 
     labels = label_sets if isinstance(label_sets, torch.Tensor) else encode_labels(label_sets)
     names = ("guidance", "guidance_scale", "guidance_interval", "classifier_input")
     options = {name: getattr(settings, name) for name in names} | dict(num_inference_steps=settings.steps) | overrides
-    groups = [[(seed, i) for i in range(len(labels))] for seed in seeds]
-    groups = [sum(groups, [])] if settings.device == "cuda" else groups
+    together = [seeds] if settings.device == "cuda" else [[seed] for seed in seeds]
+    groups = [[(seed, i) for seed in group for i in range(len(labels))] for group in together]
     pipe.set_progress_bar_config(disable=True)
 
     def in_batches(batch_size):
@@ -110,8 +110,9 @@ def _sample_seeds(pipe, label_sets, settings, seeds, overrides):
             images.append(batch.images)
         return torch.cat(images).unflatten(0, (len(seeds), len(labels)))
 
-    # Where a GPU's memory runs out, this tries again with half as many images at a time.
-    return find_executable_batch_size(in_batches, starting_batch_size=AT_A_TIME[settings.device])()
+    size = AT_A_TIME_ON_A_GPU if settings.device == "cuda" else AT_A_TIME
+    # Where a GPU's memory runs out, this tries again with fewer images at a time.
+    return find_executable_batch_size(in_batches, starting_batch_size=size)()
 
 
 def sample_process(pipe: ICLEVRPipeline, label_set, settings: Settings, seed: int = 0):

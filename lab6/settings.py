@@ -140,10 +140,6 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
     preset = overrides.setdefault("preset", "tokens")
     if preset not in list(PRESETS):
         raise ValueError(f"preset={preset!r}: choose from {', '.join(PRESETS)}")
-    for name in overrides:
-        if name not in _TYPES:
-            close = difflib.get_close_matches(name, _TYPES, n=1)
-            raise ValueError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
     if overrides.get("device", "auto") == "auto":
         overrides["device"] = find_device()
     values = fill(profile, preset, overrides["device"]) | overrides | {"profile": profile}
@@ -165,7 +161,15 @@ def _derive(values, overrides):
 
 
 def settings_from(values: dict) -> Settings:
-    """Settings of {name: value}, also as json holds what dataclasses.asdict gave: without tuples, 1 for 1.0."""
+    """Settings of {name: value}, also as json holds what dataclasses.asdict gave: without tuples, 1 for 1.0.
+
+    Raises:
+        ValueError: an unknown name or an impossible value, in one line.
+    """
+    for name in values:
+        if name not in _TYPES:
+            close = difflib.get_close_matches(name, _TYPES, n=1)
+            raise ValueError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
 
     def exact(value, wanted):
         return float(value) if wanted is float and type(value) is int else value

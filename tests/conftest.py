@@ -22,6 +22,10 @@ REAL = Path(os.environ.get("LAB6_TEST_ICLEVR") or ROOT.parent / "shared" / "icle
 os.environ["LAB6_HEADLESS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny networks lose by threads, notebooks too
 
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torchvision.models import resnet18  # noqa: E402
+
 import lab6_utils as lab  # noqa: E402
 
 TRAIN_SCENES = range(60)
@@ -206,3 +210,149 @@ class Run:
 def repository():
     """Names of the files that a run might leave in the repository."""
     return {str(p) for folder in ("notebooks", "figures") for p in (ROOT / folder).rglob("*") if p.is_file()}
+
+
+# ── Evaluators ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def outputs(**chances):
+    """(1, 24) probabilities: 0.01 but for what is named, as red_cube=0.9."""
+    row = torch.full((1, 24), 0.01)
+    for name, value in chances.items():
+        row[0, lab.OBJECTS.index(name.replace("_", " "))] = value
+    return row
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A ResNet-18 made with torchvision alone, as the course describes it, with its batch statistics stirred."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = resnet18(weights=None)
+        network.fc = nn.Sequential(nn.Linear(512, 24), nn.Sigmoid())
+        with torch.no_grad():
+            network.fc[0].weight.mul_(20)  # outputs that differ from picture to picture
+            for x in torch.rand(3, 8, 3, 64, 64) * 2 - 1:
+                network(x)
+    return network.eval()
+
+
+def evaluation(rows, label_sets):
+    """An Evaluation of rows[seed][set] = {name: probability}."""
+    probabilities = torch.stack([torch.cat([outputs(**chances) for chances in seed]) for seed in rows])
+    return lab.Evaluation(probabilities, lab.encode_labels(label_sets), "test")
+
+
+HAND_MADE = (
+    [["red cube"], ["gray cube", "blue sphere", "cyan cylinder"]],
+    [
+        [dict(red_cube=0.9), dict(gray_cube=0.9, blue_sphere=0.8, cyan_cylinder=0.7)],  # 1 of 1, 3 of 3
+        [dict(red_cube=0.4), dict(gray_cube=0.9, blue_sphere=0.8, red_cube=0.7)],  # 1 of 1 (below 0.5), 2 of 3
+    ],
+)
+
+
+def shipped(name, file):
+    path = lab.WEIGHTS / name / file
+    if not path.is_file():
+        pytest.skip(f"data/weights/{name} is not there yet")
+    return path
+
+
+def matrices(file):
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        return {tensors.get_slice(k).get_dtype() for k in tensors.keys() if len(tensors.get_slice(k).get_shape()) > 1}  # noqa: SIM118
+
+
+# ── Pipelines ───────────────────────────────────────────────────────────────────────────────────────
+
+
+SETS = [["red sphere"], ["cyan cube", "gray cube"], list(lab.MANUAL_SET)]
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return make_pipeline(tiny())
+
+
+@pytest.fixture
+def pipe(shared):
+    """An untrained pipeline with the DDIM sampler."""
+    shared.scheduler = lab.make_sampler("ddim", shared.scheduler)
+    return shared
+
+
+@pytest.fixture
+def calls(pipe):
+    """(batch size, null, labels) of each call of the network."""
+    seen = []
+
+    def note(module, arguments):
+        x_t, _, labels, null = arguments
+        seen.append((len(x_t), null, labels))
+
+    hook = pipe.denoiser.register_forward_pre_hook(note)
+    yield seen
+    hook.remove()
+
+
+def generators(count, seed=0):
+    return [lab.make_generator(seed, i) for i in range(count)]
+
+
+def draw(pipe, sets=SETS, steps=3, seed=0, **options):
+    options = dict(generator=generators(len(sets), seed), output_type="pt") | options
+    return pipe(sets, steps, **options).images
+
+
+def start(count):
+    return torch.cat([torch.randn(1, 3, 64, 64, generator=g) for g in generators(count)])
+
+
+# ── Training ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def small(synthetic):
+    """40 pictures: five steps of eight."""
+    return part_of(synthetic, 40)
+
+
+def part_of(dataset, count):
+    class Part(torch.utils.data.Dataset):
+        pixels, labels, split = dataset.pixels[:count], dataset.labels[:count], "train"
+
+        images_at = lab.ICLEVRDataset.images_at
+
+        def __len__(self):
+            return count
+
+    return Part()
+
+
+def run(settings, dataset, folder, **options):
+    return list(lab.train(settings, dataset, folder, **options))
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Every tensor and number of two checkpoints is the same, bit for bit (but for what a clock says)."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {"images_per_s", "seconds_left"}:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def batches(settings, dataset, count):
+    scheduler = lab.make_scheduler(settings)
+    examples = lab.open_examples(settings, dataset, None)
+    return [lab.training_batch(settings, examples, scheduler, step) for step in range(count)]

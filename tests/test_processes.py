@@ -1,24 +1,28 @@
-"""Training and drawing in several processes: the same numbers as one process, and every file written once."""
+"""lab6/processes.py: training in several processes: the same numbers as in one, every file written once."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
 from conftest import make_data
 
 import lab6_utils as lab
-from lab6 import evaluators
+import run_notebooks
+from lab6.runner.parameters import NOTEBOOKS
 
 # run_notebooks.py in single precision, which logs who writes what.
 PROGRAM = """
 import functools, os, sys
-import lab6_utils as lab, run_notebooks
-lab.make_settings = functools.partial(lab.make_settings, precision="fp32")
-from lab6 import storage, runs, training
+import run_notebooks
+from lab6 import processes, runs, settings, storage, training
+settings.make_settings = functools.partial(settings.make_settings, precision="fp32")
 write = storage.write_whole
 def logged(path, do):
     write(path, do)
@@ -33,10 +37,10 @@ sys.exit(run_notebooks.main(sys.argv[1:]))
 @pytest.fixture
 def train(tmp_path):
     """Run `run_notebooks.py --train` in so many processes, into a folder."""
-    (tmp_path / "program.py").write_text(PROGRAM)
     data = make_data(tmp_path / "data", scenes=range(12))
 
-    def start(processes, folder, *arguments):
+    def start(processes, folder, *arguments, program=PROGRAM):
+        (tmp_path / "program.py").write_text(program)
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *(torchrun if processes > 1 else []), str(tmp_path / "program.py"), "--train"]
         folder.mkdir(exist_ok=True)
@@ -64,7 +68,8 @@ def test_two_processes_train_as_one_does(train, tmp_path):
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     weights = [torch.load(f / "tiny" / "tokens" / "checkpoint.pt", weights_only=True)["model"] for f in (one, two)]
     for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-3)
+        if not re.search(r"resnets.*conv\w*\.bias", name):  # before a norm: no gradient but rounding
+            torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5)
 
     before = losses(two)
     done = train(1, two, "-p", "epochs=3", "-p", "resume=yes")
@@ -73,6 +78,50 @@ def test_two_processes_train_as_one_does(train, tmp_path):
     done = train(2, two, "-p", "epochs=4", "-p", "resume=yes", "-p", "schedule=sigmoid")
     assert done.returncode and "belongs to other settings" in done.stderr, "a run of other settings is left alone"
     assert len(losses(two)) == 3
+
+
+def test_every_process_prints_its_error(train, tmp_path):
+    """Also one that is not the first, such as one whose GPU has too little memory."""
+    fails = """
+def fails(*arguments):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("out of memory")
+    return []
+processes.train = fails
+sys.exit"""
+    done = train(2, tmp_path / "run", program=PROGRAM.replace("sys.exit", fails))
+    assert done.returncode and "rank 1: out of memory" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "choices", [dict(label_dropout=0), dict(preset="few-step", student_steps=2),
+                dict(preset="linear-512", num_train_timesteps=500)],
+)  # fmt: skip
+def test_all_settings_reach_the_processes(runs, choices):
+    """Also those that follow from others and are no parameters of notebook 03: guidance, steps."""
+    settings = lab.make_settings("full", device="cpu", **choices)
+    with mock.patch("lab6.processes.subprocess.Popen") as start:
+        process = start.return_value.__enter__.return_value
+        process.stdout, process.returncode = [], 0
+        lab.train_in_processes(settings, 4, resume=True)
+    command = [str(part) for part in start.call_args.args[0]]
+    assert "--nproc-per-node=4" in command
+    arguments = command[command.index(str(lab.ROOT / "run_notebooks.py")) + 1 :]
+    arrived, given, _ = run_notebooks.plan(run_notebooks.parse(arguments), NOTEBOOKS)
+    assert arrived == settings and given["resume"] == "yes"
+
+
+@pytest.mark.parametrize(
+    "gpus, batch, images, count",
+    [(8, 256, 10_000, 4), (2, 256, 10_000, 2), (8, 1024, 10_000, 8), (8, 32, 10_000, 1), (0, 256, 10_000, 1),
+     (3, 256, 10_000, 2), (8, 1000, 10_000, 8), (8, 1000, 500, 4), (8, 333, 10_000, 1)],
+)  # fmt: skip
+def test_how_many_processes_train(monkeypatch, gpus, batch, images, count):
+    """Each has a GPU, 64 images of a batch or more, and whole blocks of it."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    settings = types.SimpleNamespace(device="cuda", batch_size=batch)
+    assert lab.count_processes(settings, range(images)) == count
+    assert lab.count_processes(types.SimpleNamespace(device="cpu", batch_size=batch), range(images)) == 1
 
 
 def test_a_notebook_trains_in_processes(runs, tmp_path, monkeypatch, capsys):
@@ -95,17 +144,3 @@ def test_a_second_training_of_a_run_waits_for_the_first(train, tmp_path):
     assert [done.returncode for done in both] == [0, 0], [done.stderr for done in both]
     written = [line.split()[1] for line in (tmp_path / "run" / "written").read_text().splitlines()]
     assert written.count("checkpoint.pt") == 2, "each epoch was trained once"
-
-
-@pytest.mark.parametrize("guidance", ["classifier-free", "classifier-2"])
-def test_seeds_are_shared_among_processes(guidance, monkeypatch):
-    settings = lab.make_settings("tiny", device="cpu", precision="fp32", seeds=3, guidance=guidance, seed=5)
-    pipe = lab.ICLEVRPipeline(lab.make_denoiser(settings), lab.make_scheduler(settings))
-    pipe.scheduler = lab.make_sampler("ddpm", pipe.scheduler)
-    pipe.classifier = lab.Evaluator(evaluators.make_evaluator_network("judge"), "judge")
-    sets = [["red cube"], ["blue sphere", "gray cube"]]
-    expected = lab.sample_seeds(pipe, sets, settings)
-    monkeypatch.setattr("lab6.sampling._sample_each", lambda *arguments: pytest.fail("drawn in this process"))
-    found = lab.sample_seeds(pipe, sets, settings, processes=2)
-    assert found.shape == (3, 2, 3, 64, 64)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

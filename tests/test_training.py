@@ -1,4 +1,4 @@
-"""Section 5 of lab6_utils: what a training step sees, exact resume, EMA, checkpoints, the learning rate."""
+"""lab6/training.py: exact resume, EMA, checkpoints, the learning rate."""
 
 import dataclasses
 import json
@@ -6,54 +6,18 @@ import re
 
 import pytest
 import torch
-from conftest import make_pipeline, tiny, tiny_linear
+from conftest import assert_same, batches, part_of, run, tiny, tiny_linear
 
 import lab6_utils as lab
 
 
-@pytest.fixture(scope="module")
-def small(synthetic):
-    """40 pictures: five steps of eight."""
-    return part_of(synthetic, 40)
-
-
-def part_of(dataset, count):
-    class Part(torch.utils.data.Dataset):
-        pixels, labels, split = dataset.pixels[:count], dataset.labels[:count], "train"
-
-        images_at = lab.ICLEVRDataset.images_at
-
-        def __len__(self):
-            return count
-
-    return Part()
+def weights(pipe_folder):
+    return lab.ICLEVRPipeline.from_pretrained(pipe_folder).denoiser.state_dict()
 
 
 def checkpoint(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
-
-def run(settings, dataset, folder, **options):
-    return list(lab.train(settings, dataset, folder, **options))
-
-
-def assert_same(a, b, where="checkpoint"):
-    """Every tensor and number of two checkpoints is the same, bit for bit (but for what a clock says)."""
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a.keys() - {"images_per_s", "seconds_left"}:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-# ── Resuming ─────────────────────────────────────────────────────────────────────────────────────────
 
 VARIED = dict(batch_size=8, epochs=2, flip=True, warmup_steps=3, label_dropout=0.3)
 
@@ -184,9 +148,6 @@ def test_a_damaged_checkpoint_is_named(small, tmp_path, content):
         run(tiny(), small, tmp_path)
 
 
-# ── What a run leaves behind ─────────────────────────────────────────────────────────────────────────
-
-
 def test_records_and_history(straight):
     folder, records = straight
     history = lab.load_history(folder)
@@ -252,9 +213,6 @@ def test_nothing_to_train_on(synthetic, tmp_path):
         run(tiny(), part_of(synthetic, 0), tmp_path)
 
 
-# ── Learning ─────────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("make", [tiny, tiny_linear], ids=["tokens", "linear"])
 def test_the_loss_falls_on_a_few_pictures(synthetic, tmp_path, make):
     settings = make(batch_size=4, epochs=3, learning_rate=0.01, warmup_steps=5, prediction="epsilon", patch=2)
@@ -303,71 +261,6 @@ def test_the_optimiser_has_the_learning_rate(straight):
     assert [r.learning_rate for r in records] == [lab.learning_rate(settings, s, 10) for s in (4, 9)]
 
 
-# ── What a step sees ─────────────────────────────────────────────────────────────────────────────────
-
-
-def batches(settings, dataset, count):
-    scheduler = lab.make_scheduler(settings)
-    examples = lab.open_examples(settings, dataset, None)
-    return [lab.training_batch(settings, examples, scheduler, step) for step in range(count)]
-
-
-def test_time_steps_span_the_whole_range(small):
-    corner = part_of(small, 40)
-    corner.pixels = corner.pixels[:, :, :2, :2]  # less noise to draw
-    times = torch.stack([b["t"] for b in batches(tiny(num_train_timesteps=50, batch_size=40), corner, 100)])
-    counts = torch.bincount(times.flatten(), minlength=50)
-    assert len(counts) == 50 and counts.min() > 40 and counts.max() < 130, "4,000 draws, 80 of each"
-    assert len(set(times[0].tolist())) > 10, "each picture has its own"
-    long = torch.cat([b["t"] for b in batches(tiny(batch_size=40), corner, 200)])
-    assert long.min() < 5 and 994 < long.max() <= 999
-
-
-def test_each_batch_has_times_from_everywhere(small, monkeypatch):
-    for batch in batches(tiny(batch_size=8), small, 5):
-        assert (batch["t"].sort().values // 125).tolist() == list(range(8)), "one from each eighth"
-    draw = torch.rand
-    almost_one = torch.tensor(1 - 2**-24)  # the largest that torch.rand gives
-    monkeypatch.setattr(torch, "rand", lambda *size, **kw: almost_one if size == ((),) else draw(*size, **kw))
-    assert batches(tiny(batch_size=40), small, 1)[0]["t"].max() == 999
-
-
-def test_labels_are_dropped_at_their_rate(small):
-    corner = part_of(small, 40)
-    corner.pixels = corner.pixels[:, :, :2, :2]
-    share = lambda rate: torch.cat([b["null"] for b in batches(tiny(label_dropout=rate, batch_size=40), corner, 50)])
-    assert share(0.3).float().mean().item() == pytest.approx(0.3, abs=0.04)
-    assert not share(0.0).any()
-
-
-def test_each_picture_keeps_its_labels_and_comes_once_an_epoch(small):
-    for flip in (False, True):
-        rows, mirrored = [], 0
-        for batch in batches(tiny(batch_size=8, flip=flip), small, 10):
-            for image, labels in zip(lab.to_uint8(batch["x_0"]), batch["labels"], strict=True):
-                same = [(small.pixels == x).flatten(1).all(1) for x in (image, image.flip(2))]
-                mirrored += int(same[1].any())
-                (row,) = (same[0] | same[1]).nonzero().flatten().tolist()
-                assert torch.equal(labels, small.labels[row])
-                rows.append(row)
-        assert sorted(rows[:40]) == sorted(rows[40:]) == list(range(40)), "all pictures in each epoch"
-        assert rows[:40] != rows[40:] and rows[:40] != sorted(rows[:40]), "in a new order"
-        assert 25 < mirrored < 55 if flip else mirrored == 0
-
-
-def test_targets_and_noise_are_the_closed_forms(small):
-    settings = tiny(batch_size=40)
-    a = lab.alphas_bar("cosine").float()
-    for kind in ("epsilon", "v_prediction", "sample"):
-        b = batches(tiny(batch_size=40, prediction=kind), small, 1)[0]
-        signal, spread = a[b["t"]].sqrt().view(-1, 1, 1, 1), (1 - a[b["t"]]).sqrt().view(-1, 1, 1, 1)
-        target = {"epsilon": b["eps"], "v_prediction": signal * b["eps"] - spread * b["x_0"], "sample": b["x_0"]}
-        torch.testing.assert_close(b["target"], target[kind], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(b["x_t"], signal * b["x_0"] + spread * b["eps"], rtol=1e-4, atol=1e-4)
-    eps = torch.cat([b["eps"] for b in batches(settings, small, 3)])
-    assert eps.mean().abs() < 0.01 and eps.std().item() == pytest.approx(1, abs=0.01)
-
-
 def test_the_loss_is_the_mean_squared_error_of_the_target(small, tmp_path):
     settings = tiny(batch_size=40, epochs=1)
     (batch,), denoiser = batches(settings, small, 1), lab.make_denoiser(settings)
@@ -407,13 +300,6 @@ def test_dropout_in_the_labels_network_resumes_too(small, tmp_path):
     assert_same(checkpoint(tmp_path / "stopped"), checkpoint(tmp_path / "straight"))
 
 
-# ── Whose weights are kept ───────────────────────────────────────────────────────────────────────────
-
-
-def weights(pipe_folder):
-    return lab.ICLEVRPipeline.from_pretrained(pipe_folder).denoiser.state_dict()
-
-
 def test_the_best_epoch_is_kept(small, tmp_path, monkeypatch):
     """Report A's policy. The learning rate rises out of all reason, so the loss does too: an early epoch is best."""
     monkeypatch.setattr("lab6.training.learning_rate", lambda settings, step, total: 1e-3 if step < 10 else 3.0)
@@ -438,115 +324,45 @@ def test_every_second_epoch_is_kept(small, tmp_path):
     assert_same(weights(tmp_path / "pipeline"), kept[4])
 
 
-# ── Latent diffusion ─────────────────────────────────────────────────────────────────────────────────
-
-LATENT = dict(preset="latent", autoencoder_epochs=2, batch_size=8)
-
-
-def test_the_autoencoder_comes_first_and_resumes(small, tmp_path):
-    settings = tiny(**LATENT)
-    with pytest.raises(FileNotFoundError, match="train it first, with train_autoencoder"):
-        run(settings, small, tmp_path)
-    whole = list(lab.train_autoencoder(settings, small, tmp_path / "straight"))
-    stopped = lab.train_autoencoder(settings, small, tmp_path)
-    assert next(stopped).epoch == 1
-    stopped.close()
-    assert [record.epoch for record in lab.train_autoencoder(settings, small, tmp_path)] == [2]
-    assert list(lab.train_autoencoder(settings, small, tmp_path)) == [], "it is finished"
-    one, other = (lab.load_autoencoder(settings, f).state_dict() for f in (tmp_path, tmp_path / "straight"))
-    assert_same(one, other)
-    assert whole[1].error < whole[0].error
-
-
-def test_latents_are_those_of_the_pictures(small, tmp_path):
-    settings = tiny(**LATENT)
-    list(lab.train_autoencoder(settings, small, tmp_path))
-    autoencoder = lab.load_autoencoder(settings, tmp_path)
-    latents = lab.LatentDataset(small, autoencoder)
-    assert latents.mean.shape == latents.std.shape == (40, 4, 16, 16)
-    torch.testing.assert_close(latents.mean.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
-
-    def sampled(rows, seed):
-        noise = lambda name, shape: torch.randn((len(rows), *shape), generator=lab.make_generator(seed, name))
-        return latents.batch(rows, torch.zeros(len(rows)), noise, None)["x_0"]
-
-    every = torch.cat([sampled(torch.arange(40), i) for i in range(20)])
-    torch.testing.assert_close(every.std((0, 2, 3)), torch.ones(4), rtol=0, atol=2e-2)  # sampled ones, not their means
-    spread = latents.mean.var((0, 2, 3)) + latents.std.square().mean((0, 2, 3))
-    torch.testing.assert_close(spread.sqrt(), torch.ones(4), rtol=0, atol=1e-3)
-    rows = torch.tensor([3, 1])
-    many = torch.stack([sampled(rows, 100 + i) for i in range(400)])
-    torch.testing.assert_close(many.mean(0), latents.mean[rows], rtol=0, atol=0.3 * latents.std.max().item())
-    pictures = lab.to_float(small.pixels[rows])
-    with torch.no_grad():
-        expected = autoencoder.decode(autoencoder.encode(pictures).latent_dist.mean).sample
-        torch.testing.assert_close(lab.decode_latents(autoencoder, latents.mean[rows]), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_latent_diffusion_trains_resumes_and_draws(small, runs):
-    settings = tiny(**LATENT, epochs=2)
-    folder = lab.run_folder(settings)
-    list(lab.train_autoencoder(settings, small, folder))
-    stopped = lab.train(settings, small, folder)
-    next(stopped)
-    stopped.close()
-    (record,) = run(settings, small, folder)
-    assert record.epoch == 2
-    pipe = lab.load_pipeline(settings)
-    assert pipe.denoiser.config.image_channels == 4 and pipe.autoencoder is not None
-    assert not pipe.scheduler.config.clip_sample, "latents are not confined to [-1, 1]"
-    images = lab.sample(pipe, [["red cube"], ["cyan sphere"]], settings)
-    assert images.shape == (2, 3, 64, 64) and images.std() > 0.01
-    states, guesses = lab.sample_process(pipe, ["red cube"], settings)
-    assert states.shape == guesses.shape == (settings.steps + 1, 3, 64, 64)
-
-
-def test_a_batch_depends_on_seed_and_step_alone(small):
-    settings, scheduler = tiny(), lab.make_scheduler(tiny())
-    examples = lab.open_examples(settings, small, None)
-    torch.manual_seed(1)
-    one = lab.training_batch(settings, examples, scheduler, 3)
-    torch.manual_seed(2)
-    assert_same(one, lab.training_batch(settings, examples, scheduler, 3))
-    for other in (
-        lab.training_batch(settings, examples, scheduler, 4),
-        lab.training_batch(tiny(seed=1), examples, scheduler, 3),
-    ):
-        assert not torch.equal(one["eps"], other["eps"]) and not torch.equal(one["t"], other["t"])
-
-
-def test_processes_share_one_batch(small):
-    settings, scheduler = tiny(), lab.make_scheduler(tiny())
-    examples = lab.open_examples(settings, small, None)
-    whole = lab.training_batch(settings, examples, scheduler, 2)
-    for count in (2, 4, 8):
-        parts = [lab.training_batch(settings, examples, scheduler, 2, (rank, count)) for rank in range(count)]
-        assert_same(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})
-
-
 def test_history_is_plain_json(straight):
     text = (straight[0] / "history.json").read_text()
     assert json.loads(text) == lab.load_history(straight[0]) and "NaN" not in text
 
 
-def test_seconds_are_written_out():
-    assert [lab.format_seconds(s) for s in (7.4, 75, 3600, 3725)] == ["7 s", "1 min 15 s", "1 h 00 min", "1 h 02 min"]
+def test_a_run_does_not_continue_on_other_data(small, synthetic, tmp_path):
+    """As many images of the same labels, but not the same images."""
+    run(tiny(epochs=1, batch_size=8), small, tmp_path)
+    other = part_of(synthetic, 40)
+    other.pixels = other.pixels.flip(0)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt was trained on other data: 40 images of .*name another run"):
+        run(tiny(epochs=2, batch_size=8), other, tmp_path)
+    assert [r.epoch for r in run(tiny(epochs=2, batch_size=8), small, tmp_path)] == [2]
 
 
-def test_sampling_from_a_trained_folder(small, runs):
-    settings = tiny(batch_size=8, epochs=1)
-    with pytest.raises(FileNotFoundError, match="run notebook 03_model_and_training with profile='tiny'"):
-        lab.load_pipeline(settings)
-    (record,) = run(settings, small, lab.run_folder(settings))
-    pipe = lab.load_pipeline(settings)
-    assert runs in lab.run_folder(settings).parents
-    assert pipe.images_seen == 40 and re.fullmatch("[0-9a-f]{16}", pipe.weights_sha256)
-    record.pipeline.scheduler = lab.make_sampler(settings.sampler, record.pipeline.scheduler)
-    expected = lab.sample(record.pipeline, ["red cube"], settings, guidance_scale=1.0)
-    torch.testing.assert_close(
-        lab.sample(pipe, ["red cube"], settings, guidance_scale=1.0), expected, rtol=0, atol=1e-4
-    )
-    untrained = lab.sample(make_pipeline(settings), ["red cube"], settings, guidance_scale=1.0)
-    assert (untrained - expected).abs().max() > 0.01
-    elsewhere = lab.load_pipeline(settings, str(lab.run_folder(settings) / "pipeline"))
-    assert elsewhere.weights_sha256 == pipe.weights_sha256
+def test_a_checkpoint_that_does_not_know_its_data_resumes(small, tmp_path):
+    """One of an earlier version; only the number of images can be checked."""
+    run(tiny(epochs=1, batch_size=8), small, tmp_path)
+    state = checkpoint(tmp_path)
+    del state["data"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="was trained on another number of images"):
+        run(tiny(epochs=2, batch_size=8), part_of(small, 24), tmp_path)
+    assert [r.epoch for r in run(tiny(epochs=2, batch_size=8), small, tmp_path)] == [2]
+
+
+def test_the_writer_of_tensorboard_is_closed(small, tmp_path, monkeypatch):
+    from torch.utils import tensorboard
+
+    closed = []
+
+    class Noted(tensorboard.SummaryWriter):
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Noted)
+    run(tiny(batch_size=40, epochs=1), small, tmp_path / "whole")
+    stopped = lab.train(tiny(batch_size=40, epochs=2), small, tmp_path / "stopped")
+    next(stopped)
+    stopped.close()
+    assert len(closed) == 2

@@ -13,7 +13,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-import run_notebooks
+from lab6.runner import report
+from lab6.runner.parameters import NOTEBOOKS, choose_notebooks
 
 FORMULAS = [
     r"q(x_t \mid x_0) = \mathcal{N}\left(x_t;\, \sqrt{\bar\alpha_t}\,x_0,\, (1-\bar\alpha_t)\,\mathbf I\right)",
@@ -77,7 +78,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAB6_STUDENT_ID", "312550000")
         patch.setenv("LAB6_STUDENT_NAME", "王小明")
-        page = run_notebooks.make_html(settings, notebooks)
+        page = report.make_html(settings, notebooks)
     return settings, page.read_text(encoding="utf-8"), notebooks
 
 
@@ -85,9 +86,9 @@ def made(tmp_path_factory):
 def pdf(made):
     """Text of each page of the PDF, and its pictures' sizes."""
     pypdf = pytest.importorskip("pypdf")
-    if not run_notebooks.find_browsers():
+    if not report.find_browsers():
         pytest.skip("no Chrome, Chromium or Edge to print with")
-    path = run_notebooks.make_pdf(made[0].figures / "report.html")
+    path = report.make_pdf(made[0].figures / "report.html")
     assert path, "no browser could print the report"
     reader = pypdf.PdfReader(path)
     sizes = [image.image.size for page in reader.pages for image in page.images]
@@ -124,14 +125,14 @@ def test_formulas_become_mathml(made, capsys):
     assert text.count("$") == 1 and "$5" in text, "only the literal dollar is left"
     assert made[1].count("<math") == 2 * len(FORMULAS)
     assert r"a $ in code" in made[1]
-    run_notebooks.to_mathml(r"\unknowncommand{x}")
+    report.to_mathml(r"\unknowncommand{x}")
     assert r"\unknowncommand" in capsys.readouterr().err
 
 
 def test_formulas_of_the_notebooks(capsys):
-    book = run_notebooks.assemble(run_notebooks.choose_notebooks(run_notebooks.NOTEBOOKS))
-    resources = {"headings": [], "front": {"last": {}, "runs": {}}, "metadata": {"path": str(run_notebooks.NOTEBOOKS)}}
-    html, _ = run_notebooks.make_exporter().from_notebook_node(book, resources)
+    book = report.assemble(choose_notebooks(NOTEBOOKS))
+    resources = {"headings": [], "front": {"last": {}, "runs": {}}, "metadata": {"path": str(NOTEBOOKS)}}
+    html, _ = report.make_exporter().from_notebook_node(book, resources)
     text = re.sub(r"<[^>]+>", "", re.sub(r"<(pre|code|style)\b.*?</\1>", "", html, flags=re.S))
     assert "$" not in text and not re.search(r"\\[A-Za-z]+", text)
     assert "typeset" not in capsys.readouterr().err
@@ -154,10 +155,10 @@ def test_pdf_pages(pdf):
 
 def test_without_a_browser(made, capsys, monkeypatch):
     settings, _, notebooks = made
-    monkeypatch.setattr(run_notebooks, "find_browsers", lambda: [])
+    monkeypatch.setattr("lab6.runner.report.find_browsers", lambda: [])
     pdf = settings.figures / "report.pdf"
     pdf.unlink(missing_ok=True)
-    run_notebooks.report(settings, notebooks)
+    report.make_report(settings, notebooks)
     assert "apt install chromium" in capsys.readouterr().out
     assert (settings.figures / "report.html").exists() and not pdf.exists()
 
@@ -165,7 +166,7 @@ def test_without_a_browser(made, capsys, monkeypatch):
 def test_a_browser_that_fails_is_passed_over(made, tmp_path, monkeypatch):
     page = tmp_path / "report.html"
     page.write_text("<p>text")
-    works = run_notebooks.find_browsers()
-    monkeypatch.setattr(run_notebooks, "find_browsers", lambda: ["false", "no-such-browser", *works])
-    assert bool(run_notebooks.make_pdf(page)) == bool(works)
-    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+    works = report.find_browsers()
+    monkeypatch.setattr("lab6.runner.report.find_browsers", lambda: ["false", "no-such-browser", *works])
+    assert bool(report.make_pdf(page)) == bool(works)
+    assert {path.name for path in tmp_path.iterdir()} <= {"report.html", "report.pdf"}, "nothing half made is left"

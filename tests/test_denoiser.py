@@ -1,4 +1,4 @@
-"""Section 4 of lab6_utils: the denoisers listen to their labels, and the presets are what their reports say."""
+"""lab6/denoiser.py: labels change the prediction; the reports' networks by hand."""
 
 import copy
 import itertools
@@ -38,9 +38,6 @@ def predict(denoiser, label_sets, t=500, x_t=None, null=None):
 
 def distance(a, b):
     return (a - b).abs().max().item()
-
-
-# ── Conditioning ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_object_changes_the_prediction(denoiser):
@@ -150,9 +147,6 @@ def test_who_attends_to_a_single_token_has_no_choice():
     torch.testing.assert_close(predict(denoiser, sets), before, rtol=1e-4, atol=1e-5)
 
 
-# ── Shape and making ─────────────────────────────────────────────────────────────────────────────────
-
-
 class Passing(nn.Module):
     """In place of a U-Net: returns its input and remembers its shape."""
 
@@ -197,9 +191,6 @@ def test_weights_come_from_the_seed_alone():
     assert any(not torch.equal(first[k], other[k]) for k in first)
     torch.manual_seed(1)
     assert torch.equal(after, torch.rand(1)), "the caller's random numbers are left alone"
-
-
-# ── Presets ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def where_attention_is(denoiser):

@@ -1,4 +1,4 @@
-"""Section 3 of lab6_utils: noise schedules against closed forms and diffusers, q(x_t | x_0), samplers."""
+"""lab6/diffusion.py: schedules and samplers agree with closed forms and with diffusers."""
 
 import inspect
 import math

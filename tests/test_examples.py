@@ -1,0 +1,86 @@
+"""lab6/examples.py: what a training step sees."""
+
+import pytest
+import torch
+from conftest import assert_same, batches, part_of, tiny
+
+import lab6_utils as lab
+
+
+def test_time_steps_span_the_whole_range(small):
+    corner = part_of(small, 40)
+    corner.pixels = corner.pixels[:, :, :2, :2]  # less noise to draw
+    times = torch.stack([b["t"] for b in batches(tiny(num_train_timesteps=50, batch_size=40), corner, 100)])
+    counts = torch.bincount(times.flatten(), minlength=50)
+    assert len(counts) == 50 and counts.min() > 40 and counts.max() < 130, "4,000 draws, 80 of each"
+    assert len(set(times[0].tolist())) > 10, "each picture has its own"
+    long = torch.cat([b["t"] for b in batches(tiny(batch_size=40), corner, 200)])
+    assert long.min() < 5 and 994 < long.max() <= 999
+
+
+def test_each_batch_has_times_from_everywhere(small, monkeypatch):
+    for batch in batches(tiny(batch_size=8), small, 5):
+        assert (batch["t"].sort().values // 125).tolist() == list(range(8)), "one from each eighth"
+    draw = torch.rand
+    almost_one = torch.tensor(1 - 2**-24)  # the largest that torch.rand gives
+    monkeypatch.setattr(torch, "rand", lambda *size, **kw: almost_one if size == ((),) else draw(*size, **kw))
+    assert batches(tiny(batch_size=40), small, 1)[0]["t"].max() == 999
+
+
+def test_labels_are_dropped_at_their_rate(small):
+    corner = part_of(small, 40)
+    corner.pixels = corner.pixels[:, :, :2, :2]
+    share = lambda rate: torch.cat([b["null"] for b in batches(tiny(label_dropout=rate, batch_size=40), corner, 50)])
+    assert share(0.3).float().mean().item() == pytest.approx(0.3, abs=0.04)
+    assert not share(0.0).any()
+
+
+def test_each_picture_keeps_its_labels_and_comes_once_an_epoch(small):
+    for flip in (False, True):
+        rows, mirrored = [], 0
+        for batch in batches(tiny(batch_size=8, flip=flip), small, 10):
+            for image, labels in zip(lab.to_uint8(batch["x_0"]), batch["labels"], strict=True):
+                same = [(small.pixels == x).flatten(1).all(1) for x in (image, image.flip(2))]
+                mirrored += int(same[1].any())
+                (row,) = (same[0] | same[1]).nonzero().flatten().tolist()
+                assert torch.equal(labels, small.labels[row])
+                rows.append(row)
+        assert sorted(rows[:40]) == sorted(rows[40:]) == list(range(40)), "all pictures in each epoch"
+        assert rows[:40] != rows[40:] and rows[:40] != sorted(rows[:40]), "in a new order"
+        assert 25 < mirrored < 55 if flip else mirrored == 0
+
+
+def test_targets_and_noise_are_the_closed_forms(small):
+    settings = tiny(batch_size=40)
+    a = lab.alphas_bar("cosine").float()
+    for kind in ("epsilon", "v_prediction", "sample"):
+        b = batches(tiny(batch_size=40, prediction=kind), small, 1)[0]
+        signal, spread = a[b["t"]].sqrt().view(-1, 1, 1, 1), (1 - a[b["t"]]).sqrt().view(-1, 1, 1, 1)
+        target = {"epsilon": b["eps"], "v_prediction": signal * b["eps"] - spread * b["x_0"], "sample": b["x_0"]}
+        torch.testing.assert_close(b["target"], target[kind], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(b["x_t"], signal * b["x_0"] + spread * b["eps"], rtol=1e-4, atol=1e-4)
+    eps = torch.cat([b["eps"] for b in batches(settings, small, 3)])
+    assert eps.mean().abs() < 0.01 and eps.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(small):
+    settings, scheduler = tiny(), lab.make_scheduler(tiny())
+    examples = lab.open_examples(settings, small, None)
+    torch.manual_seed(1)
+    one = lab.training_batch(settings, examples, scheduler, 3)
+    torch.manual_seed(2)
+    assert_same(one, lab.training_batch(settings, examples, scheduler, 3))
+    for other in (
+        lab.training_batch(settings, examples, scheduler, 4),
+        lab.training_batch(tiny(seed=1), examples, scheduler, 3),
+    ):
+        assert not torch.equal(one["eps"], other["eps"]) and not torch.equal(one["t"], other["t"])
+
+
+def test_processes_share_one_batch(small):
+    settings, scheduler = tiny(), lab.make_scheduler(tiny())
+    examples = lab.open_examples(settings, small, None)
+    whole = lab.training_batch(settings, examples, scheduler, 2)
+    for count in (2, 4, 8):
+        parts = [lab.training_batch(settings, examples, scheduler, 2, (rank, count)) for rank in range(count)]
+        assert_same(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})

@@ -1,0 +1,39 @@
+"""What the course wants handed in, as far as it needs no run of the notebooks (see test_notebooks.py for the whole)."""
+
+import os
+import subprocess
+
+import pytest
+
+import lab6_utils as lab
+from lab6.runner import submission
+from lab6.runner.parameters import Refused
+from lab6.storage import ROOT
+
+
+@pytest.mark.parametrize("student", [("", ""), ("1", ""), ("1", "a/b")])
+def test_a_submission_says_who_hands_in(tmp_path, monkeypatch, student):
+    for name, value in zip(("LAB6_STUDENT_ID", "LAB6_STUDENT_NAME"), student, strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match=r"make submission STUDENT_ID=\.\.\. NAME=\.\.\."):
+        submission.make_submission(lab.make_settings("tiny"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("git", ["knows nothing of it", "is not installed"])
+def test_without_git_the_source_is_whole(monkeypatch, git):
+    def run(*arguments, **options):
+        if git == "is not installed":
+            raise FileNotFoundError("git")
+        return subprocess.CompletedProcess(arguments, 128, stdout="")
+
+    monkeypatch.setattr("lab6.runner.submission.subprocess.run", run)
+    files = {file.relative_to(ROOT).as_posix() for file in submission.source_files()}
+    modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("lab6/**/*.py")}
+    assert modules and modules <= files
+    assert {"Makefile", "LICENSE", "lab6_utils.py", "benchmarks/speed.py", "benchmarks/results.json", "data/README.md",
+            "data/render_scenes.py", "data/unseen_sets.json", "notebooks/01_data_exploration.ipynb",
+            "notebooks/templates/report/index.html.j2", "tests/conftest.py"} <= files  # fmt: skip
+    assert not [file for file in files if file.startswith(("data/weights", "data/runs", "figures", ".venv", ".git/"))]
+    assert {os.path.splitext(file)[1] for file in files}.isdisjoint({".zip", ".pth", ".pyc", ".safetensors", ".png"})
