@@ -1,13 +1,13 @@
 # make report   run the notebooks, then write report.html and report.pdf   [PROFILE=quick|shipped|full] [ARGS="--only 04"]
 # make test     run the tests                                               [ARGS="-k schedules"]
-# make bench    how fast everything is, beside the same work as the reports do it: about ten minutes   [ARGS="--only data"]
-# make experiments   the trainings that notebook 06 compares: hours on a CPU; goes on where it was stopped
-# make submission STUDENT_ID=... NAME=...   what the course wants, from the report made last: zip and weights
+# make bench    how fast everything is, compared with the reports' way: about ten minutes   [ARGS="--only data"]
+# make experiments   the trainings that notebook 06 compares: hours on a CPU; continues where it was stopped
+# make submission STUDENT_ID=... NAME=...   zip and weights for the course, with the report made last
 # make lab      JupyterLab on the notebooks
-# make lock     requirements.txt from pyproject.toml                        [ARGS=--upgrade]
-# make clean    remove what is quick to make again (keeps data/ and figures/)
+# make lock     write requirements.txt from pyproject.toml                  [ARGS=--upgrade]
+# make clean    remove what can be made again quickly (keeps data/ and figures/)
 #
-# Each sets up .venv first, when needed. Another interpreter: make PYTHON=python3.12 report
+# Each sets up .venv first if needed. To use another interpreter: make PYTHON=python3.12 report
 PYTHON ?= python3
 PROFILE ?= auto
 BIN := .venv/bin
@@ -24,7 +24,7 @@ report: .venv/installed browser
 test: .venv/installed browser
 	$(BIN)/python -m pytest $(ARGS)
 
-# A small network, trained twice with each choice, drawn in 10 steps (steps=0: all T); then 06 compares.
+# Train a small network twice with each choice and sample in 10 steps (steps=0: all T); then 06 compares.
 EXPERIMENT := $(BIN)/python run_notebooks.py --profile shipped --only 06 -p preset=tokens -p max_images=0 \
   -p epochs=2 -p batch_size=32 -p steps=10 --sweep seed=0,1
 SMALL := channels=[32,48,64]
@@ -77,7 +77,7 @@ clean:
 
 .venv/installed: requirements.txt | $(BIN)/uv
 	$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.txt
-	@# Imported once with bytecode allowed, which every kernel saves seconds by even where it is switched off.
+	@# Import once with bytecode allowed: it saves every kernel seconds, even if bytecode is switched off later.
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import lab6_utils, run_notebooks, accelerate, ipykernel_launcher, \
 	  ipywidgets, matplotlib.pyplot, torchvision, torch.utils.tensorboard, diffusers.training_utils"
 	@touch $@
@@ -91,7 +91,7 @@ $(BIN)/uv:
 	    { echo "$(PYTHON) cannot make a virtual environment; on Debian or Ubuntu: apt install $$pkg"; exit 1; }; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
 
-# Prints the PDF. Without one the report is HTML only, and run_notebooks.py says so.
+# A browser prints the PDF. Without one the report is only HTML, and run_notebooks.py says so.
 browser:
 	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
 	$(CAN_APT) && echo "installing chromium" && \

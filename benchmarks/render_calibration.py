@@ -3,9 +3,9 @@
 
     LAB6_DATA=FOLDER python benchmarks/render_calibration.py        FOLDER holds the course's files
 
-Renders scenes (data/runs/calibration/scenes, kept), trains a ResNet-18 on them alone and one on real scenes alone (kept
-beside them), and measures what each reads in the other kind; how fast one process renders; and the brightness of both,
-by rows. On two cores about 75 minutes.
+It renders scenes (kept in data/runs/calibration/scenes) and trains two ResNet-18, one only on them and one only on real
+scenes (kept beside them). It measures how well each scores the other kind, how fast one process renders, and the
+brightness of both by rows. This takes about 75 minutes on two cores.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MARKS = "<!-- made by benchmarks/render_calibration.py -->", "<!-- end -->"
 
 
 def speed(renderer, scenes=10):
-    """Pictures a second of one process with one thread, placement and visibility check included."""
+    """Images per second of one process with one thread, including placement and the visibility check."""
     renderer.use_one_thread()
     renderer.render_picture(renderer.draw_scene(0, 0, 3), 1)
     start = time.perf_counter()
@@ -36,21 +36,21 @@ def speed(renderer, scenes=10):
 
 
 def brightness(dataset, bands=8):
-    """(bands, 2): mean level of a band of rows, and its standard deviation from picture to picture."""
-    rows = dataset.pixels[2::3].float().mean((1, 3)).unflatten(1, (bands, -1)).mean(2)  # pictures of three objects
+    """(bands, 2): mean level of a band of rows, and its standard deviation from image to image."""
+    rows = dataset.pixels[2::3].float().mean((1, 3)).unflatten(1, (bands, -1)).mean(2)  # images of three objects
     return torch.stack([rows.mean(0), rows.std(0)], 1)
 
 
 def read(evaluator, dataset):
-    """The course's accuracy on a dataset's pictures with its 95% interval over scenes, as text."""
+    """The course's accuracy on the images of a dataset with its 95% interval over scenes, as text."""
     scenes = [lab.scene_of(name) for name in dataset.names]
     score = lab.evaluate(evaluator, lab.to_float(dataset.pixels), dataset.labels, scenes).metrics()
     low, high = score["ci95_sets"]
-    return f"**{score['accuracy']:.4f}** ({low:.4f} to {high:.4f}) on {len(dataset):,} pictures"
+    return f"**{score['accuracy']:.4f}** ({low:.4f} to {high:.4f}) on {len(dataset):,} images"
 
 
 def trained(settings, dataset, folder):
-    """The evaluator in `folder`, trained on the dataset where there is none yet."""
+    """The evaluator in `folder`; it is trained on the dataset first if there is none yet."""
     if not (folder / "model.safetensors").is_file():
         for record in lab.train_evaluator(settings, dataset, folder):
             print(f"epoch {record['epoch']}/{record['epochs']}  loss {record['loss']:.4f}  "
@@ -75,7 +75,7 @@ def main():
     rendered = lab.read_data(folder / "scenes")
     everything = lab.ICLEVRDataset(rendered, "all")
     of_rendered, of_real = (
-        trained(settings, dataset, folder / f"evaluator-{name}-{args.epochs}-epochs")  # of other choices: another
+        trained(settings, dataset, folder / f"evaluator-{name}-{args.epochs}-epochs")  # other choices, another folder
         for name, dataset in ((f"{args.scenes}-scenes", everything), ("real", lab.ICLEVRDataset(real, "train")))
     )
     held_out = lab.ICLEVRDataset(real, "held-out")
@@ -84,14 +84,14 @@ def main():
     table = [
         "| measured | |",
         "|---|---|",
-        f"| a ResNet-18 trained on real pictures only ({args.epochs} epochs) reads rendered ones "
+        f"| rendered images, scored by a ResNet-18 trained only on real ones ({args.epochs} epochs) "
         f"| {read(of_real, everything)} |",
-        f"| a ResNet-18 trained on {len(everything):,} rendered pictures only ({args.epochs} epochs) reads real "
-        f"held-out ones | {read(of_rendered, held_out)} |",
-        f"| pictures a second on one core ({lab.device_name(settings).partition(',')[0]}), checks included "
+        f"| real held-out images, scored by a ResNet-18 trained only on {len(everything):,} rendered ones "
+        f"({args.epochs} epochs) | {read(of_rendered, held_out)} |",
+        f"| images per second on one core ({lab.device_name(settings).partition(',')[0]}), including checks "
         f"| {per_second:.1f} |",
         "",
-        "| rows | real: mean brightness | from picture to picture | rendered: mean | from picture to picture |",
+        "| rows | real: mean brightness | from image to image | rendered: mean | from image to image |",
         "|---|---|---|---|---|",
         *(f"| {8 * i} to {8 * i + 7} | {a[0]:.1f} | ± {a[1]:.1f} | {b[0]:.1f} | ± {b[1]:.1f} |"
           for i, (a, b) in enumerate(bands)),
@@ -100,7 +100,7 @@ def main():
     text = page.read_text(encoding="utf-8")
     inside = re.compile(re.escape(MARKS[0]) + ".*" + re.escape(MARKS[1]), re.DOTALL)
     if not inside.search(text):
-        parser.error(f"{page} has no place for the table, between {MARKS[0]} and {MARKS[1]}")
+        parser.error(f"{page} has no place for the table between {MARKS[0]} and {MARKS[1]}")
     page.write_text(inside.sub(lambda _: "\n\n".join([MARKS[0], "\n".join(table), MARKS[1]]), text), encoding="utf-8")
     print("\n".join(table))
 

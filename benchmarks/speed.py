@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""How fast the workbook is, and how fast the same work is when done as the four reports describe theirs.
+"""How fast the workbook is, and how fast the same work is when done as in the four reports.
 
     python benchmarks/speed.py                  everything; about ten minutes on two cores        (make bench)
     python benchmarks/speed.py --only sampling  one part: data, training, processes, sampling, memory or growth
-    python benchmarks/speed.py --table          measure nothing, print what benchmarks/results.json holds
+    python benchmarks/speed.py --table          measure nothing, print the table of benchmarks/results.json
 
-Each row goes into benchmarks/results.json under its name and kind of device, in place of the one measured there before:
-{name: {ours, baseline, ratio, unit, device, date}}. Where `extrapolated` stands, the baseline was timed for a part
-of its steps and scaled up. Both sides of a row run one after the other on an otherwise idle machine, in one process or,
-where memory is measured, in one each.
+Each row is stored in benchmarks/results.json under its name and kind of device, and replaces the row measured there
+before: {name: {ours, baseline, ratio, unit, device, date}}. In a row with `extrapolated`, only some steps of the
+baseline were timed, and the time was scaled up. Both sides of a row run one after the other on an otherwise idle
+machine, in one process, or in one each where memory is measured.
 
-The baseline is how the reports and the course's own examples go about it: each PNG is read and resized when its turn
-comes, in every epoch; single precision, default memory format, Adam, loss.item() at every step; pictures are drawn one
-at a time, in all 1000 steps of ancestral sampling. Rows that compare something else say so.
+The baseline works as the reports and the course's examples do: each PNG is read and resized in every epoch, when it is
+needed; single precision, default memory format, Adam, loss.item() at every step; images are sampled one at a time, in
+all 1000 steps of ancestral sampling. The rows that compare something else say so.
 """
 
 import argparse
@@ -37,13 +37,13 @@ sys.path.insert(0, str(ROOT))
 import lab6_utils as lab  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results.json")
-#: What the maker promises of dense products in bf16; the model FLOPs utilisation (MFU) is the share reached.
+#: What NVIDIA states for dense products in bf16; the model FLOPs utilisation (MFU) is the share that is reached.
 H200_TERAFLOPS = 989
 COLUMNS = ("ours", "baseline", "ratio", "unit", "device", "date")
 
 
 class EveryTime(torch.utils.data.Dataset):
-    """The reports' way: a PNG file is read, resized and normalised each time that it is asked for."""
+    """As in the reports: a PNG file is read, resized and normalised each time an item is requested."""
 
     def __init__(self, files):
         self.folder, self.names = files.images, sorted(files.train)
@@ -64,7 +64,7 @@ def synchronise(device):
 
 
 def seconds_each(step, times, device="cpu", warm_up=1):
-    """Mean seconds of `times` calls of step(i), after some that do not count."""
+    """Mean seconds of `times` calls of step(i), after `warm_up` calls that do not count."""
     for i in range(warm_up):
         step(i)
     synchronise(device)
@@ -76,14 +76,14 @@ def seconds_each(step, times, device="cpu", warm_up=1):
 
 
 def images_per_second_read(files, count=1000):
-    """Of the baseline's dataset, in one process."""
+    """How fast one process reads the dataset of the baseline."""
     dataset = EveryTime(files)
     order = torch.randperm(len(dataset))[: min(count, len(dataset))].tolist()
     return 1 / seconds_each(lambda i: dataset[order[i]], len(order) - 1)
 
 
 def unpacked(files, folder, count=None, size=None):
-    """The first so many images as PNG files in a folder, as the course hands them out; perhaps of another size."""
+    """The first `count` images (all if None) as PNG files in a folder, as the course ships them, resized if `size`."""
     (folder / "iclevr").mkdir(parents=True)
     dataset = lab.ICLEVRDataset(files, "all", limit=count or 0)
     for name, picture in zip(dataset.names, lab.to_pil(lab.to_float(dataset.pixels)), strict=True):
@@ -95,14 +95,14 @@ def unpacked(files, folder, count=None, size=None):
 
 
 def seconds_to_open(files, runs):
-    """Until all images of `files` can be used, and the dataset; `runs` holds the cache, or will."""
+    """Seconds until all images of `files` can be used, and the dataset; `runs` is where the cache is or will be."""
     start = time.perf_counter()
     dataset = lab.ICLEVRDataset(files, "all", runs=runs)
     return time.perf_counter() - start, dataset
 
 
 def measure_data(settings):
-    """Reading the images: once into the cache, from the cache, and as a share of a training step."""
+    """Reading images: once into the cache, from the cache, and as a share of a training step."""
     files = lab.find_data(settings.rendered_scenes)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -117,15 +117,15 @@ def measure_data(settings):
         yield "reading 64×64 PNG files into the cache", len(dataset) / cold, read, "images/s", dict(images=len(dataset))
         warm, dataset = seconds_to_open(plain, folder / "cache")
         yield "images ready: from the cache; baseline: making it", warm, cold, "s", dict(images=len(dataset))
-    generator = lab.make_generator(0, device=settings.device)
-    each = seconds_each(lambda i: dataset.draw(torch.randint(len(dataset), (32,)), generator), 100, settings.device)
+    rows = lambda: torch.randint(len(dataset), (32,), device=settings.device)
+    each = seconds_each(lambda i: dataset.images_at(rows()), 100, settings.device)
     yield "an epoch's images, once they are read", 32 / each, read, "images/s", {}
     step = 32 / ours_trains(settings, files, 32, 8)
     yield "data in a training step of tokens", 100 * each / step, 100 / (1 + step * read / 32), "%", {}
 
 
 def ours_trains(settings, files, batch, steps, torch_compile=False):
-    """Images a second of `lab.train`, in its second epoch; what is saved after an epoch is not counted."""
+    """Images per second of `lab.train` in its second epoch, without the time for saving after an epoch."""
     part = lab.ICLEVRDataset(files, "train", batch * steps)
     own = dict(preset=settings.preset, batch_size=batch, epochs=2, device=settings.device, torch_compile=torch_compile)
     own = lab.make_settings("full", **own)
@@ -134,13 +134,13 @@ def ours_trains(settings, files, batch, steps, torch_compile=False):
 
 
 def every_epoch(loader):
-    """The batches of a loader, epoch after epoch, each read anew."""
+    """The batches of a loader, epoch after epoch; each epoch reads them again."""
     while True:
         yield from loader
 
 
 def baseline_trains(settings, files, batch, steps):
-    """Images a second of training as the reports describe theirs, with the network of `settings`' preset."""
+    """Images per second when training as in the reports, with the network of `settings`' preset."""
     own = lab.make_settings("full", preset=settings.preset, device=settings.device, precision="fp32")
     denoiser = lab.make_denoiser(own).train().to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(denoiser.parameters(), own.learning_rate)
@@ -160,7 +160,7 @@ def baseline_trains(settings, files, batch, steps):
 
 
 def measure_training(settings):
-    """Images a second in training, of the reports' network and of ours, in their way and in ours."""
+    """Images per second in training, for a network of the reports and for ours, each in both ways."""
     files = lab.find_data(settings.rendered_scenes)
     choices = [("linear-512", 32, 100), ("tokens", 32, 100)]
     if settings.device == "cpu":
@@ -173,7 +173,7 @@ def measure_training(settings):
             for compiled in (False, True) if settings.device == "cuda" else (False,):
                 try:
                     rate = ours_trains(own, files, batch, steps, compiled)
-                except RuntimeError as error:  # such as: compiled wrongly
+                except RuntimeError as error:  # for example, a network that was compiled wrongly
                     if not compiled:
                         raise
                     print(f"progress: {error}", flush=True)
@@ -186,7 +186,7 @@ def measure_training(settings):
 
 
 def trains_in_processes(settings, count):
-    """Images a second of what notebook 03 trains, in so many processes, in its second epoch."""
+    """Images per second when notebook 03 trains in `count` processes, in the second epoch."""
     with tempfile.TemporaryDirectory() as runs, mock.patch.dict(os.environ, LAB6_RUNS=runs):
         own = dataclasses.replace(settings, run=f"in-{count}", epochs=2)
         lab.train_in_processes(own, count)
@@ -194,7 +194,7 @@ def trains_in_processes(settings, count):
 
 
 def measure_processes(settings):
-    """Training in a process for each of several GPUs; nothing where there is one."""
+    """Training in one process per GPU; nothing is measured with fewer than two GPUs."""
     gpus = torch.cuda.device_count() if settings.device == "cuda" else 0
     own = lab.make_settings("full", batch_size=256, device=settings.device)
     for count in (n for n in (1, 2, 4, 8) if gpus > 1 and n <= gpus):
@@ -203,7 +203,7 @@ def measure_processes(settings):
 
 @torch.no_grad()
 def measure_sampling(settings):
-    """64 label sets with the weights that ship, and in all steps one by one; and a pass of the network alone."""
+    """64 label sets with the shipped weights, and one by one in all steps; also one evaluation of the network."""
     device, sets = settings.device, lab.find_data(settings.rendered_scenes).test
     sets = (sets * (64 // len(sets) + 1))[:64]
     labels = lab.encode_labels(sets).to(device)
@@ -227,11 +227,11 @@ def measure_sampling(settings):
         how = "one by one" if at_once == 1 else "all at once"
         yield f"64 pictures by tokens; baseline: {preset}, 1000 steps, {how}", ours, theirs, "s", more
     few = lab.make_settings("full", preset="few-step", device=device)
-    student = lab.load_pipeline(few, "shipped")
-    all_by_it = seconds_each(lambda i: lab.sample(student, sets, few, i), 2, device)
+    distilled = lab.load_pipeline(few, "shipped")
+    all_by_it = seconds_each(lambda i: lab.sample(distilled, sets, few, i), 2, device)
     yield "64 pictures by few-step; baseline: by tokens", all_by_it, ours, "s", {}
     one = (seconds_each(lambda i, p=p, s=s: lab.sample(p, sets[:1], s, i), 8, device)
-           for p, s in ((student, few), (pipe, settings)))  # fmt: skip
+           for p, s in ((distilled, few), (pipe, settings)))  # fmt: skip
     yield "one picture, as for the guidance slider, by few-step; baseline: by tokens", *one, "s", {}
     x_t = torch.randn(16, 3, 64, 64, device=device)
 
@@ -248,7 +248,7 @@ def measure_sampling(settings):
 
 
 def train_some(batch, size, preset, precision):
-    """Two training steps, then the peak memory in GB and the seconds of the second; for a process of its own."""
+    """Print the peak memory in GB of two training steps and the seconds of the second; needs its own process."""
     settings = lab.make_settings("full", preset=preset, device="cpu", precision=precision)
     denoiser = lab.make_denoiser(settings)
     optimizer = torch.optim.AdamW(denoiser.parameters(), fused=True)
@@ -266,7 +266,7 @@ def train_some(batch, size, preset, precision):
 
 
 def peak_memory():
-    """GB that this process has held at most; on Linux ru_maxrss would be at least what its parent held."""
+    """The most memory in GB that this process has held; on Linux, ru_maxrss is never below that of the parent."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) / 1e6 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -274,14 +274,14 @@ def peak_memory():
 
 
 def in_a_process(batch, size=64, preset="tokens", precision="auto"):
-    """What `train_some` of these prints."""
+    """What `train_some` prints with these arguments, in its own process."""
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed; "
     command = [sys.executable, "-c", code + f"speed.train_some({batch}, {size}, {preset!r}, {precision!r})"]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def measure_memory(settings):
-    """Peak memory of training at a batch of 64, of the process with all its libraries."""
+    """Peak memory of training with a batch of 64, of the whole process with its libraries."""
     if settings.device == "cpu":
         both = [
             in_a_process(64, preset=n, precision=p)["gigabytes"]
@@ -291,7 +291,7 @@ def measure_memory(settings):
 
 
 def measure_growth(settings):
-    """What more images, larger ones, more objects and larger batches cost; no baseline."""
+    """What more and larger images, more objects and larger batches cost; there is no baseline."""
     if settings.device != "cpu":
         return
     files = lab.find_data(settings.rendered_scenes)
@@ -323,7 +323,7 @@ PARTS = dict(data=measure_data, training=measure_training, processes=measure_pro
 
 
 def better(row):
-    """How many times better than the baseline: more images a second, or fewer seconds, bytes or per cent."""
+    """How many times better than the baseline: more images per second, or fewer seconds, bytes or per cent."""
     more_is_better = row["unit"].endswith("/s")
     return row["ours"] / row["baseline"] if more_is_better else row["baseline"] / row["ours"]
 
@@ -333,7 +333,7 @@ def say(value):
 
 
 def table(results):
-    """Markdown: what was compared, then what grows."""
+    """A Markdown table of the comparisons, then one of how costs grow."""
     compared = {name: row for name, row in results.items() if row["baseline"] is not None}
     lines = ["| what | ours | baseline | times better | device | date |", "|---|---|---|---|---|---|"]
     for name, row in compared.items():

@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
-"""Render scenes that look like i-CLEVR's, for whoever does not have the course's files, or wants more of them.
+"""Render scenes that look like i-CLEVR's, for users who do not have the course's files or want more of them.
 
     python data/render_scenes.py --scenes 300 --out DIR                    300 scenes of 1, 2 and 3 objects, 64x64
     python data/render_scenes.py --scenes 50 --objects 5 --out DIR         up to five objects in a scene
     python data/render_scenes.py --scenes 4 --size native --out DIR        320x240, the size that CLEVR renders
-    python data/render_scenes.py --scenes 300 --hold-out --out DIR         no picture has a label set of test.json
+    python data/render_scenes.py --scenes 300 --hold-out --out DIR         no image has a label set of test.json
 
-DIR becomes what the course ships: iclevr/CLEVR_train_SSSSSS_K.png (scene S with K + 1 objects; each picture adds
-one object, and all else stays), train.json, test.json, new_test.json and objects.json. Point LAB6_DATA at it, or
-leave it to `lab6_utils.find_data`, which renders where it finds no course files.
+DIR then has the layout of the course's files: iclevr/CLEVR_train_SSSSSS_K.png (scene S with K + 1 objects; each image
+adds one object, and everything else stays), train.json, test.json, new_test.json and objects.json. Set LAB6_DATA to
+DIR. Without it, `lab6_utils.find_data` renders scenes itself if it finds no course files.
 
-A scene depends on the seed and its number only, whatever else is rendered and by how many workers. Stopped, the
-same command goes on; a larger --scenes adds to what is there.
+A scene depends only on the seed and its number, not on what else is rendered or by how many workers. If the program
+was stopped, the same command continues; a larger --scenes adds scenes to those that are there.
 
-How it was made to look like i-CLEVR. Camera, lamps, sun, their jitter and the colours are those of CLEVR's scene file
-(Johnson et al. 2017; the positions as in Kubric's CLEVR worker, Greff et al. 2022). The strengths of lamps, sun and
-surrounding light were fitted, by least squares, to mean real pictures of single objects; the sizes of objects, the
-square on which they stand and the least distance between two are what pictures of real scenes show.
-benchmarks/render_calibration.py measures what is left between the two.
+How the scenes were made to look like i-CLEVR: camera, lamps, sun, their jitter and the colours are those of CLEVR's
+scene file (Johnson et al. 2017; the positions as in Kubric's CLEVR worker, Greff et al. 2022). The strengths of lamps,
+sun and surrounding light were fitted by least squares to mean real images of single objects. The sizes of objects, the
+square on which they stand and the least distance between two were measured in real images.
+benchmarks/render_calibration.py measures the differences that remain.
 """
 
 import argparse
@@ -45,7 +45,7 @@ COLOURS = {
 OBJECTS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 
 CAMERA = (7.48113, -6.50764, 5.34367)  # looks at the origin, z is up
-CAMERA_JITTER = 0.5  # it is moved by up to so much along each axis, from scene to scene
+CAMERA_JITTER = 0.5  # in each scene it is moved by up to this much along each axis
 FOCAL = 35 / 32  # focal length over the width of the film
 #: Lamp -> position, side of the square, radiance (linear RGB). They face the origin.
 LAMPS = {
@@ -55,16 +55,16 @@ LAMPS = {
 }
 SUN = (-11.6608, 6.62799, -25.8232), (0.383, 0.411, 0.425)  # direction of its light, irradiance
 SURROUNDING = (0.058, 0.052, 0.047)  # radiance from everywhere
-LAMP_JITTER = 1.0  # each lamp is moved by up to so much along each axis, from scene to scene
+LAMP_JITTER = 1.0  # in each scene, each lamp is moved by up to this much along each axis
 FLOOR = 0.8  # reflectance
 SIZE = {"cube": 0.565, "sphere": 0.59, "cylinder": 0.585}  # half the height, and half the side or the radius
 REACH = 3.0  # objects stand within +-REACH along both axes of the floor
 MIN_DISTANCE = 2.4  # between the middles of two objects
-MIN_PIXELS = 200  # of 320x240: what must be seen of each object
+MIN_PIXELS = 200  # of 320x240; at least so many must show each object
 
 #: How many label sets of one, two and three objects the course's files have.
 MAKE_UP = {"test": (6, 12, 14), "new_test": (0, 12, 20)}
-#: Width and height of what is rendered, and light paths a pixel for the surrounding, and for each lamp and the sun.
+#: Width and height to render, then light paths per pixel: for the surrounding, and for each lamp and the sun.
 FILM = {64: (192, 144, 1, 1), "native": (320, 240, 25, 9)}
 
 
@@ -78,9 +78,9 @@ class CannotRender(RuntimeError):
 def draw_labels(rng, count, forbidden=frozenset()):
     """`count` different objects in the order in which they enter a scene, as names.
 
-    A shape is drawn first, then a colour in which it is not there yet, so that every shape has a third of the objects,
-    as in the real scenes. No picture on the way, of the first one, two, ... objects, has a label set in `forbidden`
-    (frozensets of names).
+    The shape is drawn first, then a colour that this shape does not have yet, so that every shape has a third of the
+    objects, as in the real scenes. No image of the scene, with its first one, two, ... objects, has a label set in
+    `forbidden` (frozensets of names).
     """
     while True:
         names = []
@@ -92,7 +92,7 @@ def draw_labels(rng, count, forbidden=frozenset()):
 
 
 def draw_test_sets(split):
-    """The label sets of test.json or new_test.json: all different, made up as the course's, always the same."""
+    """The label sets of test.json or new_test.json: all different, composed like the course's, always the same."""
     rng = np.random.default_rng([2019, list(MAKE_UP).index(split)])
     sets = []
     for objects, wanted in enumerate(MAKE_UP[split], 1):
@@ -105,7 +105,7 @@ def draw_test_sets(split):
 
 
 def camera_axes(camera):
-    """(2, 2): the directions on the floor to the right of a camera, at `camera` (3,), and forward."""
+    """(2, 2): the directions on the floor to the right and forward, for a camera at `camera` (3,)."""
     forward = -np.array(camera[:2]) / math.hypot(*camera[:2])
     return np.array([[forward[1], -forward[0]], forward])
 
@@ -113,8 +113,8 @@ def camera_axes(camera):
 def draw_places(rng, count, camera=CAMERA, margin=0.0):
     """Places (count, 2) on the floor: the first in the middle, all at least MIN_DISTANCE apart.
 
-    margin: two objects are also at least so far apart along the camera's right and its forward direction (CLEVR's
-    rule that keeps "left of" and "behind" clear; the real i-CLEVR scenes show no such gap).
+    margin: two objects are also at least this far apart along the right and the forward direction of the camera. This
+    is CLEVR's rule to keep "left of" and "behind" clear; the real i-CLEVR scenes show no such gap.
     """
     axes, places = camera_axes(camera), [np.zeros(2)]
     for _ in range(1000 * count):
@@ -124,13 +124,13 @@ def draw_places(rng, count, camera=CAMERA, margin=0.0):
         apart = place - np.array(places)
         if (np.hypot(*apart.T) >= MIN_DISTANCE).all() and (np.abs(apart @ axes.T) >= margin).all():
             places.append(place)
-    return draw_places(rng, count, camera, margin)  # the first ones left no room: begin again
+    return draw_places(rng, count, camera, margin)  # the first places left no room: start again
 
 
 def draw_scene(seed, number, objects, forbidden=frozenset(), margin=0.0):
     """What scene `number` shows: {labels, camera (3,), lamps {name: (3,)}, places (n, 2), turns (n,) radians}.
 
-    Places are drawn again until every object can be seen (MIN_PIXELS) with all of them there.
+    Places are drawn again until every object is visible (MIN_PIXELS) when all objects are there.
     """
     labels = draw_labels(np.random.default_rng([seed, number, 0]), objects, forbidden)
     rng = np.random.default_rng([seed, number, 1])
@@ -147,7 +147,7 @@ def draw_scene(seed, number, objects, forbidden=frozenset(), margin=0.0):
 
 
 def load_mitsuba():
-    """The module mitsuba, set to its variant scalar_rgb, which needs neither LLVM nor a GPU."""
+    """The module mitsuba with the variant scalar_rgb, which needs neither LLVM nor a GPU."""
     try:
         import mitsuba
 
@@ -189,7 +189,7 @@ def describe_camera(camera, width, height, samples, jitter=True):
     return {
         "type": "perspective",
         "fov_axis": "x",
-        "near_clip": 5.5,  # past the key lamp, which CLEVR's camera does not see, and before any object
+        "near_clip": 5.5,  # behind the key lamp, which CLEVR's camera does not see, and in front of every object
         "fov": math.degrees(2 * math.atan(0.5 / FOCAL)),
         "to_world": load_mitsuba().ScalarTransform4f().look_at(origin=camera, target=[0, 0, 0], up=[0, 0, 1]),
         "film": {"type": "hdrfilm", "width": width, "height": height, "pixel_format": "rgb",
@@ -199,9 +199,9 @@ def describe_camera(camera, width, height, samples, jitter=True):
 
 
 def find_surfaces(scene, count, width, height, jitter=True):
-    """(height, width, 4): which of the first `count` objects each pixel shows, from 0, else -1; and its normal there.
+    """(height, width, 4): which of the first `count` objects each pixel shows (from 0; -1: none), and the normal there.
 
-    jitter: at the place through which the first path of that pixel goes, or else in its middle.
+    jitter: look at the point where the first path of that pixel passes; otherwise at the middle of the pixel.
     """
     mitsuba = load_mitsuba()
     seen = np.array(mitsuba.render(mitsuba.load_dict({
@@ -214,13 +214,13 @@ def find_surfaces(scene, count, width, height, jitter=True):
 
 
 def count_visible(scene):
-    """(n,) how many pixels of 320x240 show each object, by one ray for each 4x4 pixels."""
+    """(n,) how many pixels of 320x240 show each object, estimated with one ray per 4x4 pixels."""
     count = len(scene["labels"])
     return 16 * (find_surfaces(scene, count, 80, 60)[..., :1] == np.arange(count)).sum((0, 1))
 
 
 def render_picture(scene, count, size=64):
-    """The picture with the first `count` objects: uint8 (64, 64, 3), or (240, 320, 3) for size "native"."""
+    """The image with the first `count` objects: uint8 (64, 64, 3), or (240, 320, 3) for size "native"."""
     mitsuba = load_mitsuba()
     to_world = mitsuba.ScalarTransform4f
     width, height, *samples = FILM[size]
@@ -242,9 +242,9 @@ def render_picture(scene, count, size=64):
         lamp = {"type": "rectangle", "to_world": place @ to_world().scale(side / 2), "bsdf": {"type": "null"},
                 "emitter": {"type": "area", "radiance": rgb(radiance)}}  # fmt: skip
         passes.append({"sensor": direct, "light": lamp})
-    # One light at a time: less noise than drawing one for each path, and the same numbers each time, since the order
-    # of several in Mitsuba's list is not. One seed for all pictures: as in i-CLEVR, what an object leaves as it was
-    # stays the same.
+    # One light at a time: this gives less noise than choosing one for each path. It also gives the same numbers each
+    # time, since the order of several lights in Mitsuba's list varies. One seed for all images: as in i-CLEVR, what an
+    # added object does not affect stays the same.
     linear = sum(np.array(mitsuba.render(mitsuba.load_dict(description | part), seed=0)) for part in passes)
     if size != "native":
         linear = shrink(linear, *(find_surfaces(scene, count, width, height, jitter) for jitter in (True, False)))
@@ -252,22 +252,22 @@ def render_picture(scene, count, size=64):
     return (255 * srgb).clip(0, 255).round().astype(np.uint8)
 
 
-def shrink(linear, drawn, middle):
-    """(144, 192, 3) to (64, 64, 3) by linear interpolation without antialiasing, as the course's pictures were.
+def shrink(linear, rendered, middle):
+    """(144, 192, 3) to (64, 64, 3) by linear interpolation without antialiasing, as for the course's images.
 
-    So objects have hard edges. Not to have the noise of single paths, a point is the mean of the 5x5 pixels around
-    it that show the same surface (`drawn`, where `middle` says what is at the point itself).
+    So objects have hard edges. To avoid the noise of single paths, a point is the mean of those of the 5x5 pixels
+    around it that show the same surface (`rendered` has the surface of each pixel, `middle` that at the point itself).
     """
     height, width, _ = linear.shape
     y, columns = (np.arange(64) + 0.5) * height / 64 - 0.5, 3 * np.arange(64) + 1
     small = 0.0
     for rows, weight in ((np.floor(y).astype(int), 1 - y % 1), (np.floor(y).astype(int) + 1, y % 1)):
         at = rows[:, None], columns
-        total, number = 1e-6 * linear[at], 1e-6  # a sliver that no path met takes what was seen there
+        total, number = 1e-6 * linear[at], 1e-6  # a sliver that no path hit keeps the value of its own pixel
         for down in range(-2, 3):
             for right in range(-2, 3):
                 near = (at[0] + down).clip(0, height - 1), (columns + right).clip(0, width - 1)
-                same = (abs(drawn[near] - middle[at]) < 0.5).all(-1, keepdims=True)
+                same = (abs(rendered[near] - middle[at]) < 0.5).all(-1, keepdims=True)
                 total, number = total + same * linear[near], number + same
         small = small + weight[:, None, None] * total / number
     return small
@@ -277,9 +277,9 @@ def shrink(linear, drawn, middle):
 
 
 def write_whole(path, write):
-    """Call `write(temporary path)`, then rename, so that `path` is the whole file or is not there.
+    """Call `write(temporary path)`, then rename, so that `path` is either the whole file or does not exist.
 
-    The twin of lab6_utils' own, which would bring torch into every process that renders.
+    A copy of the function in lab6/storage.py, so that this program needs no other module of the workbook.
     """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -298,7 +298,7 @@ def image_name(number, index):
 
 
 def render_scene(folder, number, seed, objects, size, forbidden, margin):
-    """Render the pictures of one scene that are not in `folder` yet; the work of one process."""
+    """Render the images of one scene that are not in `folder` yet; this is the work of one process."""
     files = [folder / image_name(number, k) for k in range(objects)]
     if all(file.exists() for file in files):
         return
@@ -310,7 +310,7 @@ def render_scene(folder, number, seed, objects, size, forbidden, margin):
 
 
 def claim_folder(out, choices):
-    """Note in `out`/render.json what its pictures are; raises CannotRender where they are something else."""
+    """Note in `out`/render.json what its images are; raises CannotRender if the folder holds something else."""
     note = out / "render.json"
     if note.exists():
         try:
@@ -327,13 +327,13 @@ def claim_folder(out, choices):
 
 
 def render_scenes(out, scenes, objects=3, size=64, seed=0, workers=None, hold_out=False, margin=0.0):
-    """Render scenes 0 to `scenes` - 1 into `out`; a generator that yields the number of scenes done after each.
+    """Render scenes 0 to `scenes` - 1 into `out`; a generator that yields the number of finished scenes after each.
 
     Args:
-        out: folder, new or from the same choices; what is there is not rendered again.
-        objects: pictures a scene, of one, two, ... objects; size: 64 or "native".
-        workers: processes; default one for each core that this process may use.
-        hold_out: no picture has a label set of test.json or new_test.json.
+        out: a folder, new or rendered with the same choices; what is there is not rendered again.
+        objects: images per scene, with one, two, ... objects; size: 64 or "native".
+        workers: processes; by default one for each core that this process may use.
+        hold_out: no image has a label set of test.json or new_test.json.
 
     Raises:
         CannotRender: Mitsuba does not work, or `out` holds something else.
@@ -357,19 +357,19 @@ def render_scenes(out, scenes, objects=3, size=64, seed=0, workers=None, hold_ou
     finally:
         pool.shutdown(cancel_futures=True)
     train = {}
-    for number in range(scenes):  # last, so that the folder counts as data only when it is whole
+    for number in range(scenes):  # last, so that the folder counts as data only when it is complete
         names = draw_labels(np.random.default_rng([seed, number, 0]), objects, forbidden)
         train |= {image_name(number, k): names[: k + 1] for k in range(objects)}
     write_json(out / "train.json", train)
 
 
 def count_cores():
-    """How many cores this process may use, which can be fewer than there are."""
+    """How many cores this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def start_worker():
-    """Make a process ready to render: on one thread, since each core has its process, and ending with its parent."""
+    """Prepare a process for rendering: it uses one thread, since each core has a process, and ends with its parent."""
     use_one_thread()
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -384,10 +384,10 @@ def use_one_thread():
 def main(argv=None):
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=300, help="how many (300)")
-    parser.add_argument("--objects", type=int, default=3, choices=range(1, 6), help="objects in a scene (3)")
+    parser.add_argument("--scenes", type=int, default=300, help="number of scenes (300)")
+    parser.add_argument("--objects", type=int, default=3, choices=range(1, 6), help="objects per scene (3)")
     parser.add_argument("--size", default="64", choices=["64", "native"], help="64x64 (default) or native, 320x240")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--workers", type=int, help="processes (one for each core)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold-out", action="store_true", help="keep the label sets of the test files out")
@@ -400,7 +400,7 @@ def main(argv=None):
     size = args.size if args.size == "native" else int(args.size)
     work = render_scenes(args.out, args.scenes, args.objects, size, args.seed, args.workers, args.hold_out, args.margin)
     start = time.perf_counter()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C, the processes end too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so the processes end too, as with Ctrl-C
     try:
         for _ in tqdm(work, "rendering", args.scenes, unit="scene"):
             pass
@@ -408,7 +408,7 @@ def main(argv=None):
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; the same command continues", file=sys.stderr)
         return 130
     print(f"{args.scenes * args.objects} pictures in {args.out}, {time.perf_counter() - start:.0f} s")
     return 0
