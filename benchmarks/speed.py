@@ -29,50 +29,18 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from PIL import Image
-from torchvision import transforms
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from baseline import EveryTime, baseline_trains, every_epoch, seconds_each  # noqa: E402, F401
+
 import lab6_utils as lab  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results.json")
-#: What NVIDIA states for dense products in bf16; the model FLOPs utilisation (MFU) is the share that is reached.
-H200_TERAFLOPS = 989
+#: What NVIDIA states for dense bf16 products on an H100 (SXM) or H200; the model FLOPs utilisation (MFU) is the share
+#: that is reached.
+HOPPER_TERAFLOPS = 989
 COLUMNS = ("ours", "baseline", "ratio", "unit", "device", "date")
-
-
-class EveryTime(torch.utils.data.Dataset):
-    """As in the reports: a PNG file is read, resized and normalised each time an item is requested."""
-
-    def __init__(self, files):
-        self.folder, self.names = files.images, sorted(files.train)
-        self.labels = lab.encode_labels([files.train[name] for name in self.names])
-        steps = [transforms.Resize((64, 64)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-        self.transform = transforms.Compose(steps)
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, index):
-        return self.transform(Image.open(self.folder / self.names[index]).convert("RGB")), self.labels[index]
-
-
-def synchronise(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_each(step, times, device="cpu", warm_up=1):
-    """Mean seconds of `times` calls of step(i), after `warm_up` calls that do not count."""
-    for i in range(warm_up):
-        step(i)
-    synchronise(device)
-    start = time.perf_counter()
-    for i in range(times):
-        step(warm_up + i)
-    synchronise(device)
-    return (time.perf_counter() - start) / times
 
 
 def images_per_second_read(files, count=1000):
@@ -133,32 +101,6 @@ def ours_trains(settings, files, batch, steps, torch_compile=False):
         return [record.images_per_s for record in lab.train(own, part, folder)][1]
 
 
-def every_epoch(loader):
-    """The batches of a loader, epoch after epoch; each epoch reads them again."""
-    while True:
-        yield from loader
-
-
-def baseline_trains(settings, files, batch, steps):
-    """Images per second when training as in the reports, with the network of `settings`' preset."""
-    own = lab.make_settings("full", preset=settings.preset, device=settings.device, precision="fp32")
-    denoiser = lab.make_denoiser(own).train().to(memory_format=torch.contiguous_format)
-    optimizer = torch.optim.Adam(denoiser.parameters(), own.learning_rate)
-    scheduler = lab.DDPMScheduler(1000, beta_schedule="linear")
-    batches = every_epoch(torch.utils.data.DataLoader(EveryTime(files), batch, shuffle=True, drop_last=True))
-
-    def step(i):
-        x_0, labels = (v.to(own.device) for v in next(batches))
-        eps, t = torch.randn_like(x_0), torch.randint(1000, (len(x_0),), device=own.device)
-        loss = (denoiser(scheduler.add_noise(x_0, eps, t), t, labels) - eps).pow(2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return batch / seconds_each(step, steps, own.device, 2)
-
-
 def measure_training(settings):
     """Images per second in training, for a network of the reports and for ours, each in both ways."""
     files = lab.find_data(settings.rendered_scenes)
@@ -180,8 +122,8 @@ def measure_training(settings):
                     continue
                 done = 3 * lab.count_flops(own) * rate / 1e12
                 more = dict(batch=batch, teraflops=round(done, 3))
-                if "H200" in lab.device_name(settings):
-                    more["mfu"] = round(done / H200_TERAFLOPS, 3)
+                if any(card in lab.device_name(settings) for card in ("H200", "H100 SXM", "H100 80GB HBM3")):
+                    more["mfu"] = round(done / HOPPER_TERAFLOPS, 3)
                 yield f"training {preset}{', compiled' if compiled else ''}", rate, theirs, "images/s", more
 
 

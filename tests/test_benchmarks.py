@@ -1,4 +1,4 @@
-"""benchmarks/speed.py: both sides of a row do the same work, and README shows what was measured."""
+"""benchmarks/speed.py and baseline.py: both sides of a row do the same work, and README shows what was measured."""
 
 import importlib.util
 import json
@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import lab6_utils as lab
 
@@ -25,13 +26,13 @@ def test_the_baseline_reads_the_same_images(data, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
         assert torch.equal(labels, same)
     large = speed.unpacked(files, tmp_path / "large", 2, (320, 240))
-    assert speed.Image.open(next(large.images.iterdir())).size == (320, 240)
+    assert Image.open(next(large.images.iterdir())).size == (320, 240)
 
 
 def test_the_baseline_reads_its_files_in_every_epoch(data, tmp_path, monkeypatch):
     plain = speed.unpacked(lab.read_data(data), tmp_path / "plain", 4)
-    opened, read = [], speed.Image.open
-    monkeypatch.setattr(speed.Image, "open", lambda file: opened.append(file.name) or read(file))
+    opened, read = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(file.name) or read(file))
     batches = speed.every_epoch(torch.utils.data.DataLoader(speed.EveryTime(plain), 2))
     for _ in range(4):
         next(batches)
