@@ -16,10 +16,11 @@ Everything that is imported here lives in the rooms of the package lab6/, in the
     all options, settings, presets       every choice of a run
         figures, machine, storage        what all of them use
 
-A room imports only from rooms below it; pyproject.toml has their order, and CI checks it. To add something, enter it in
-its registry: a schedule in SCHEDULES or a sampler in SAMPLERS (lab6/diffusion.py), a conditioning in CONDITIONINGS
-(lab6/conditioning.py), a guidance in GUIDANCES (lab6/guidance.py), a system in PRESETS (lab6/presets.py), a figure as a
-plot_ function (lab6/figures.py).
+The rooms stand on floors, and a room imports only from lower floors: pyproject.toml lists them, and CI checks it. To
+add something, enter it in its registry: a schedule in SCHEDULES or a sampler in SAMPLERS (lab6/diffusion.py), a
+conditioning in CONDITIONINGS (lab6/conditioning.py), a guidance in GUIDANCES (lab6/guidance.py), a system in PRESETS
+(lab6/presets.py). What training sees is opened in lab6/examples.py; a setting is a field in lab6/options.py; a figure
+is a plot_ function in lab6/figures.py that is imported here.
 
 Conventions. Images are (B, 3, 64, 64) float32 in [-1, 1]; labels are (B, 24) multi-hot float32 in the order of OBJECTS;
 timesteps run from 0 (almost clean) to T - 1 (almost noise). The letters are those of Ho et al. 2020: x_0, x_t, eps, and
@@ -42,7 +43,9 @@ from lab6.files import (
     DataFiles, choose_splits, find_data, read_data, load_renderer, scene_of, held_out_scenes, unseen_sets,
 )
 from lab6.dataset import crowded_scenes, ICLEVRDataset, training_set
-from lab6.diffusion import SCHEDULES, alphas_bar, snr, q_sample, to_x_0, make_scheduler, SAMPLERS, make_sampler
+from lab6.diffusion import (
+    SCHEDULES, alphas_bar, snr, q_sample, to_x_0, make_scheduler, SAMPLERS, NOT_WITH_ZERO_SNR, make_sampler,
+)
 from lab6.conditioning import LinearCondition, MLPCondition, MultiHotCondition, TokenCondition, CONDITIONINGS
 from lab6.denoiser import Denoiser, make_denoiser, count_flops, describe_denoiser, label_effect, count_parameters
 from lab6.autoencoder import (

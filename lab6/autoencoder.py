@@ -1,6 +1,6 @@
 """Latent diffusion: an autoencoder in front of the denoiser (Rombach et al. 2022).
 
-Stands on dataset, labels, options, machine and storage.
+Stands on dataset, settings, machine, labels and storage.
 """
 
 from __future__ import annotations

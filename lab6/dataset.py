@@ -1,6 +1,6 @@
 """Training images as tensors: decoded once into a cache on disk, and read from there. Notebook 01.
 
-Stands on files, labels, settings, machine and storage.
+Stands on files, settings, machine, labels and storage.
 """
 
 from __future__ import annotations

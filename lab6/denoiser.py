@@ -1,6 +1,6 @@
 """The network: a U-Net of diffusers that knows which objects the image should show. Notebook 03.
 
-Stands on conditioning, diffusion, labels, settings and machine.
+Stands on settings, conditioning, diffusion, machine, labels and options.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from lab6.conditioning import CONDITIONINGS
 from lab6.diffusion import q_sample
-from lab6.labels import MANUAL_SET, OBJECTS, encode_labels
+from lab6.labels import MANUAL_SET, encode_labels
 from lab6.machine import autocast, make_generator
 from lab6.options import Network
 from lab6.settings import Settings
@@ -69,10 +69,9 @@ class Denoiser(ModelMixin, ConfigMixin):
             class_embed_type="identity" if self.condition.pools else None,
         )
         if self.condition.gives_tokens:
-            width = len(OBJECTS) if conditioning == "multi-hot" else token_dim
-            self.unet = self._unet_with_tokens(width, channels, head_dim, student_steps, shared)
+            self.unet = self._unet_with_tokens(self.condition.token_width, channels, head_dim, student_steps, shared)
         else:
-            self.unet = UNet2DModel(attention_head_dim=head_dim, **shared)
+            self.unet = UNet2DModel(attention_head_dim=min(head_dim, *channels), **shared)
 
     @staticmethod
     def _unet_with_tokens(width, channels, head_dim, student_steps, shared):
@@ -130,7 +129,8 @@ class Denoiser(ModelMixin, ConfigMixin):
         pooled, tokens = self.condition(labels.to(dtype), null)
         x = F.pixel_unshuffle(x_t.to(dtype), self.config.patch).contiguous(memory_format=torch.channels_last)
         extra = {} if tokens is None else {"encoder_hidden_states": tokens}
-        if tokens is not None and tokens.shape[1] > 3:  # the other sets of the batch do not see a fuller set's slots
+        # The other sets of the batch do not see a larger set's slots.
+        if self.condition.one_per_object and tokens.shape[1] > 3:
             slots = torch.arange(tokens.shape[1], device=labels.device)
             extra["encoder_attention_mask"] = slots < labels.sum(1, keepdim=True).clamp(min=3)
         if self.config.student_steps:

@@ -49,7 +49,8 @@ def _shifted_cosine(T, reference):
     return torch.sigmoid(torch.logit(alpha_bar) + 2 * math.log(reference / 64))
 
 
-#: Add a schedule here and every notebook knows it: name -> function of (T, reference) giving alpha_bar (T,).
+#: Add a schedule here and every notebook knows it: name -> function of (T, reference) giving alpha_bar (T,). Only
+#: "shifted-cosine" uses `reference`, the resolution at which the cosine would be right.
 SCHEDULES = {
     "linear": _linear, "linear-rescaled": _linear_rescaled, "cosine": _cosine, "sigmoid": _sigmoid,
     "shifted-cosine": _shifted_cosine,
@@ -131,12 +132,16 @@ SAMPLERS = {
 }
 
 
+#: Samplers that begin at sigma = sqrt(1 / alpha_bar - 1), which zero terminal SNR makes infinite.
+NOT_WITH_ZERO_SNR = ("heun",)
+
+
 def make_sampler(name: str, scheduler: DDPMScheduler):
     """The sampler `name` of SAMPLERS for the noise schedule of `scheduler`."""
     if name not in SAMPLERS:
         raise ValueError(f"sampler={name!r}: choose from {', '.join(SAMPLERS)}")
-    if name == "heun" and scheduler.config.get("rescale_betas_zero_snr"):
-        raise ValueError("sampler='heun' with zero_snr=True: it would start at infinite noise; use another sampler")
+    if name in NOT_WITH_ZERO_SNR and scheduler.config.get("rescale_betas_zero_snr"):
+        raise ValueError(f"sampler={name!r} with zero_snr=True: it would start at infinite noise; use another sampler")
     scheduler_class, options = SAMPLERS[name]
     # Only what describes the noise: diffusers would also hand on the options of the sampler before.
     shared = ("num_train_timesteps", "trained_betas", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing",

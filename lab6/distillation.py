@@ -1,6 +1,6 @@
 """Distillation: a teacher's trajectories, from which a network learns to sample in fewer steps.
 
-Stands on pipeline, runs, denoiser, diffusion, guidance, settings, machine and storage.
+Stands on runs, pipeline, settings, guidance, diffusion, machine, options and storage.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What an evaluator found, over seeds and label sets: accuracies, intervals, errors. Notebook 05.
 
-Stands on evaluators, labels and measures.
+Stands on evaluators, measures and labels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How our evaluators are trained, and which one is used. Notebook 05.
 
-Stands on evaluators, dataset, files, labels, settings, machine and storage.
+Stands on evaluators, dataset, files, settings, machine, labels and storage.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Networks that say which objects are in an image, and the course's protocol of scoring. Notebook 05.
+"""Networks that say which objects are in an image, and the course's scoring protocol. Notebook 05.
 
 The evaluator is the course's ResNet-18, or ours of the same kind. The judge is another network, a DenseNet, which takes
 no part in training, choosing or guiding. Stands on files, labels and storage.

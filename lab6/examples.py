@@ -1,8 +1,9 @@
 """What training sees: images, latents or a teacher's trajectories, all with the same method `batch`.
 
-Training knows nothing else about them: to train on something new, write a class with `labels` (N, 24), `autoencoder`
-(or None), `prepare(denoiser)` and `batch(rows, t, noise, scheduler)`, and open it here. Stands on dataset, autoencoder,
-distillation, diffusion, settings and machine.
+To train on something new, write a class like `ImageExamples`, with an example for each image of the dataset: its
+length, `labels` (N, 24) on the device, `autoencoder` (or None), `prepare(denoiser)`, and `batch(rows, t, noise,
+scheduler)`, which returns x_0, eps, t and scale. Open it in `open_examples`, by a setting of its own (options.py).
+Stands on distillation, autoencoder, dataset, settings and machine.
 """
 
 from __future__ import annotations

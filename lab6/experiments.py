@@ -1,6 +1,6 @@
 """Trainings that differ in one choice, found in results.json and compared. Notebook 06.
 
-Stands on figures, measures and settings.
+Stands on measures, figures and settings.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Figures, tables and image files. Each plot_ function returns a matplotlib Figure; `save_figure` shows and keeps it.
 
-Stands on labels, settings, machine and storage.
+Stands on settings, machine, labels and storage.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The course's files, or scenes rendered in their place: where they are and what their json files say. Notebook 01.
 
-Stands on labels, machine and storage.
+Stands on machine, labels and storage.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""How labels steer the sampling: one class a guidance, found by name in GUIDANCES. Notebook 04.
+"""How labels steer the sampling: a class for each guidance, found by name in GUIDANCES. Notebook 04.
 
-To add one, write a class with a `predict` and enter it: settings, pipeline, notebooks and results then know it.
-Stands on labels, diffusion and options; the pipeline hands everything else over in a `Step`.
+To add one, write a class with `predict` and, if it needs more than one pass, `evaluations` and `needs_null`, and enter
+it: settings, pipeline, samplers and results then know it. Notebooks 04 and 06 list the ways that they compare.
+Everything that a guidance may use comes in a `Step`. Stands on diffusion, labels and options.
 """
 
 from __future__ import annotations
@@ -73,10 +74,10 @@ class Guidance:
 
     Attributes:
         off_scale: the scale s at which it does nothing; None: there is none.
-        needs_null: it asks for the prediction without labels.
-        needs_classifier: it asks a classifier, so it costs a backward pass, which `evaluations` does not count.
-        samplers: names of the only samplers that it goes with; empty: all.
-        distilled: a distilled network can be guided so.
+        needs_null: it uses the prediction without labels.
+        needs_classifier: it uses a classifier, so it costs a backward pass, which `evaluations` does not count.
+        samplers: the samplers it works with; empty: all.
+        distilled: it works with a distilled network.
     """
 
     off_scale: float | None = None
@@ -86,11 +87,11 @@ class Guidance:
     distilled = True
 
     def fits(self, has_null: bool, distilled: bool) -> bool:
-        """Can a network with or without a null condition, distilled or not, be guided so?"""
-        return has_null or not self.needs_null
+        """Does it work with a network that has a null condition or not, and is distilled or not?"""
+        return (self.distilled or not distilled) and (has_null or not self.needs_null)
 
     def evaluations(self, objects: int, scale: float, distilled: bool) -> int:
-        """Evaluations of the network for each image in a step, for label sets of up to so many objects."""
+        """Evaluations of the network per image and step, for label sets of up to `objects` objects."""
         return 1
 
     def predict(self, step: Step) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What the computer gives: device, precision, random numbers, progress, and how results name it.
 
-Stands on storage and options.
+Stands on options and storage.
 """
 
 from __future__ import annotations

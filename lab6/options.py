@@ -1,7 +1,8 @@
-"""Every choice of a run, in groups, each with its default, its limits and what it means.
+"""Every setting, in groups, each with its default, its limits and what it means.
 
-`Settings` joins the groups. A function that needs one group only takes that group. Choices from a registry (schedules,
-samplers, conditionings, guidances) and rules across groups stand in settings.py. Stands on no other room.
+`Settings` joins the groups. A function that needs only one group takes only that. Choices from a registry (schedules,
+samplers, conditionings, guidances) and rules across groups stand in settings.py. For `-p` and notebooks, a new field
+also goes into the first code cell of a notebook and into its call of make_settings. Stands on no other room.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Run(Options):
-    """Which run this is, and where it computes."""
+    """Which training this is, and where it computes."""
 
     profile: str = option("quick", resumable=True)
     preset: str = option("tokens")
@@ -64,7 +65,10 @@ class Run(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Network(Options):
-    """The U-Net and its conditioning. Tuples have one entry a resolution, the highest resolution first."""
+    """The U-Net and its conditioning. Tuples have one entry per resolution, the highest resolution first.
+
+    Each field is also an argument of `Denoiser`, with the same name.
+    """
 
     patch: int = option(2, 1, 2, 4)  # the U-Net sees patch x patch pixels as channels (pixel unshuffle), at 64 / patch
     channels: tuple[int, ...] = count((48, 96, 144))
@@ -82,7 +86,7 @@ class Network(Options):
             by_resolution = getattr(self, name)
             if by_resolution and len(by_resolution) != len(self.channels):
                 raise ValueError(
-                    f"channels={self.channels} and {name}={by_resolution}: give both one entry a resolution"
+                    f"channels={self.channels} and {name}={by_resolution}: give both one entry per resolution"
                 )
         check_groups("channels", self.channels, self.norm_groups)
 
@@ -181,7 +185,7 @@ class Training(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(Options):
-    """How pictures are sampled."""
+    """How images are sampled."""
 
     sampler: str = option("ddpm", resumable=True)  # its fresh noise lets later steps mend errors of earlier ones
     steps: int = count(20, resumable=True)  # make_settings takes 0 for all T
@@ -208,6 +212,12 @@ class Scoring(Options):
     evaluator_scenes: int = count(1200, low=0, resumable=True)
 
 
+def option_names() -> set[str]:
+    """The names of all options."""
+    groups = (Run, System, Data, Training, Sampling, Scoring)
+    return {field.name for group in groups for field in dataclasses.fields(group)}
+
+
 @functools.cache
 def option_types(group: type) -> dict[str, type]:
     """{name: type} of a group's options."""
@@ -224,7 +234,9 @@ def check_type(name: str, value, expected):
         fits = type(value) is expected
     if not fits:
         wanted = str(expected) if typing.get_origin(expected) else expected.__name__
-        raise ValueError(f"{name}={value!r}: expected {wanted}, got {type(value).__name__}")
+        found = "an empty one" if value == () else type(value).__name__
+        found = f"one of {', '.join(type(v).__name__ for v in value)}" if value and type(value) is tuple else found
+        raise ValueError(f"{name}={value!r}: expected {wanted}, got {found}")
 
 
 def check_limits(name: str, value, choices, low, high, below, positive, resumable):

@@ -10,13 +10,13 @@ import inspect
 import typing
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from lab6.autoencoder import decode_latents
 from lab6.denoiser import Denoiser
-from lab6.diffusion import to_x_0
+from lab6.diffusion import SAMPLERS, to_x_0
 from lab6.guidance import GUIDANCES, Step, steps_with_guidance
 from lab6.labels import encode_labels, to_pil
 
@@ -68,8 +68,8 @@ class ICLEVRPipeline(DiffusionPipeline):
 
         Args:
             labels: a label set, a list of them, or (B, 24) multi-hot.
-            num_inference_steps: steps of the scheduler. A step is one pass of the network (two with the sampler heun);
-                what guidance adds is told by `Guidance.evaluations`.
+            num_inference_steps: steps of the scheduler. A step is one pass of the network (two with sampler="heun");
+                `Guidance.evaluations` says what guidance adds.
             guidance_scale: s, the strength of the guidance.
             guidance: a key of GUIDANCES: "none", "classifier-free", "composition", "classifier-1" or "classifier-2".
             guidance_interval: the lowest and highest t / T at which guidance acts (Kynkäänniemi et al. 2024); the other
@@ -128,10 +128,12 @@ class ICLEVRPipeline(DiffusionPipeline):
         way = GUIDANCES[guidance]
         if way.needs_classifier and self.classifier is None:
             raise ValueError(f"guidance={guidance!r} needs a classifier: set pipe.classifier to an Evaluator")
-        if way.samplers == ("ddpm",) and not isinstance(self.scheduler, DDPMScheduler):
-            raise ValueError(f"guidance={guidance!r} moves the mean of ancestral sampling: use sampler='ddpm'")
+        if way.samplers and not isinstance(self.scheduler, tuple(SAMPLERS[name][0] for name in way.samplers)):
+            raise ValueError(f"guidance={guidance!r} works only with sampler={' or '.join(map(repr, way.samplers))}")
         if guidance not in self.guidances and scale != way.off_scale:
-            self.denoiser.check_null()
+            if way.needs_null:
+                self.denoiser.check_null()
+            raise ValueError(f"guidance={guidance!r}: a distilled network can be guided by {', '.join(self.guidances)}")
 
     @property
     def guidances(self) -> tuple[str, ...]:

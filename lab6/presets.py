@@ -1,9 +1,11 @@
 """What profiles and presets fill in: how much is computed, and what each system fixes.
 
-Plain values; stands on no other room.
+Plain values. Stands on options.
 """
 
 from __future__ import annotations
+
+from lab6.options import Network
 
 #: Each profile says how much is computed; the same notebooks run in all of them.
 PROFILES = {
@@ -19,8 +21,8 @@ PROFILES = {
 }  # fmt: skip
 
 
-# A network that shows something after a minute on a CPU: it sees few, large patches, and predicts x_0, since with
-# so few channels and steps it does not learn to carry the noise through, as eps and v ask.
+# A network that shows something after a minute on a CPU. It sees few, large patches. It predicts x_0, since with so few
+# channels and steps it does not learn to reproduce the noise, which eps and v need.
 _MINUTE = dict(patch=4, channels=(48, 64, 96), attention=("none", "cross", "none"), prediction="sample", batch_size=16,
                learning_rate=2e-3, warmup_steps=20, ema_decay=0.99)  # fmt: skip
 
@@ -43,39 +45,40 @@ def fill(profile: str, preset: str, device: str) -> dict:
 
 
 def _adapt(profile, preset, device):
-    """What a profile changes of a preset: quick and shipped train the reports' networks briefly, at full size."""
+    """What a profile changes of a preset: quick and shipped train all but `tokens` briefly, at full size."""
     if preset == "tokens":
         return _ON_A_GPU if profile == "full" and device == "cuda" else SMALL_TOKENS[profile]
     if profile == "full":
         return {}
-    if preset == "few-step":  # begins with the weights of its teacher, which ships, so it has the same size
+    if "teacher" in PRESETS[preset]:  # begins with the weights of its teacher, so it has the same size
         return dict(max_images=16 if profile == "tiny" else 128, epochs=2, warmup_steps=2)
     if profile == "tiny":
-        channels = tuple(max(8, c // 128 * 8) for c in PRESETS[preset]["channels"])
+        channels = tuple(max(8, c // 128 * 8) for c in PRESETS[preset].get("channels", Network.channels))
         return dict(channels=channels, layers_per_block=1, norm_groups=8, head_dim=8, warmup_steps=0,
                     autoencoder_channels=(8, 8, 8), autoencoder_epochs=1)  # fmt: skip
     return dict(epochs=4, max_images=128, autoencoder_epochs=4, steps=20)
 
 
 # What all reports share: pixels in, eps out, ancestral sampling, the plain U-Nets of diffusers, Adam. They drop no
-# labels, so there is no classifier-free guidance. The average of the weights, gradient clipping and even spread of t
-# are this workbook's (assumed).
+# labels, so there is no classifier-free guidance. The averaged weights, gradient clipping and the even spread of t are
+# this workbook's (assumed).
 _REPORT = dict(patch=1, head_dim=8, norm_groups=32, scale_shift=False, layers_per_block=2, schedule="linear",
                prediction="epsilon", weight_decay=0.0, warmup_steps=0, decay_fraction=0.0, label_dropout=0.0,
                guidance="none", guidance_scale=1.0, steps=0)  # fmt: skip
 
 
-#: What each system fixes in Settings; a field it leaves out keeps its default.
+#: What each system fixes in Settings; a field it leaves out keeps its default. Add a system here: profiles shrink it by
+#: themselves (see `_adapt`).
 PRESETS = {
     # Ours: one token per object into cross-attention, their pooled embedding into the time embedding.
     "tokens": dict(),
-    # A student of tokens: the scale is an input, and four DDIM steps do what twelve guided ones of its teacher do.
+    # Distilled from tokens: the scale is an input, and four DDIM steps do what twelve guided steps of its teacher do.
     "few-step": dict(teacher="tokens", student_steps=4, label_dropout=0.0, epochs=10, learning_rate=4e-4,
                      warmup_steps=50, decay_fraction=1.0, sampler="ddim", guidance_scale=5.0),
-    # Ours in the latents of an autoencoder (4 x 16 x 16), which is trained first.
+    # Ours, in the latents of an autoencoder (4 x 16 x 16), which is trained first.
     "latent": dict(space="latents", patch=1, channels=(96, 144, 192), attention=("none", "cross", "cross")),
     # Report A. Assumed: widths, two layers a block, attention in the middle block, linear schedule, Dropout(0.1). It
-    # goes on from its best epoch; here every run goes on from its last.
+    # continues from its best epoch; here every run continues from its last.
     "mlp-fusion": _REPORT | dict(
         channels=(64, 128, 256, 256, 512), attention=("none", "none", "self", "self", "none"),
         up_attention=("none", "self", "self", "none", "none"),  # the 3rd and 4th block on the way up

@@ -1,6 +1,6 @@
 """Training in several processes, one a GPU: how many, started from a notebook, and what each of them does.
 
-Stands on training, examples, autoencoder, runs, dataset, files, settings and storage.
+Stands on training, examples, runs, autoencoder, dataset, files, settings and storage.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""results.json: one record a measurement, and the tables made from them.
+"""results.json: a record for each measurement, and the tables made from them.
 
-Stands on evaluation, sampling, pipeline, denoiser, files, figures, measures, guidance, settings, presets and storage.
+Stands on evaluation, sampling, measures, pipeline, denoiser, figures, files, settings, guidance, machine, presets and
+storage.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def load_results(settings: Settings, kind: str = "results") -> list[dict]:
     """The measurements in settings.figures/results.json. In all profiles but tiny, those that it lacks are added from
     the folder above quick/ and from figures/, which ships; its own come last.
 
-    kind: "results" of the workbook's model, or "experiments" and "trainings" (loss curves) of notebook 06.
+    kind: "results" of the workbook's models, or of notebook 06 "experiments", "trainings" (loss curves) and "studies".
     """
     folders = [settings.figures]
     if settings.profile != "tiny":

@@ -1,6 +1,6 @@
 """What a training run leaves on disk: its folder, its checkpoint, its pipeline.
 
-Stands on pipeline, diffusion, dataset, settings, options, machine and storage.
+Stands on pipeline, settings, diffusion, machine and storage.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Images of label sets by a pipeline, over seeds and processes. Notebook 04.
 
-Stands on pipeline, guidance, diffusion, labels, settings and machine.
+Stands on pipeline, settings, guidance, diffusion, machine and labels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import signal
 
 import torch
 
-from lab6.diffusion import SAMPLERS, make_sampler, make_scheduler
+from lab6.diffusion import NOT_WITH_ZERO_SNR, SAMPLERS, make_sampler, make_scheduler
 from lab6.guidance import GUIDANCES, guidance_kind, steps_with_guidance
 from lab6.labels import encode_labels
 from lab6.machine import autocast, make_generator, progress
@@ -129,7 +129,8 @@ def samplers_for(pipe: ICLEVRPipeline, settings: Settings) -> list[str]:
     if pipe.denoiser.config.student_steps:
         return ["ddim"]
     names = GUIDANCES[settings.guidance].samplers or SAMPLERS
-    return [name for name in names if name != "heun" or not pipe.scheduler.config.get("rescale_betas_zero_snr")]
+    zero_snr = pipe.scheduler.config.get("rescale_betas_zero_snr")
+    return [name for name in names if not (zero_snr and name in NOT_WITH_ZERO_SNR)]
 
 
 def count_evaluations(settings: Settings, labels: torch.Tensor, distilled: bool = False) -> int:

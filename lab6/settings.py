@@ -1,7 +1,7 @@
-"""One frozen record of every choice of a run, made from a profile, a preset and overrides.
+"""One frozen record of all settings, made from a profile, a preset and overrides.
 
-Joins the groups of options, checks choices from registries and rules across groups. Stands on options, presets, machine
-and the registries of diffusion, conditioning and guidance.
+Joins the groups of options, checks choices from registries and rules across groups. Stands on guidance, conditioning,
+diffusion, machine, presets, options and storage.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 
 from lab6.conditioning import CONDITIONINGS
-from lab6.diffusion import SAMPLERS, SCHEDULES
+from lab6.diffusion import NOT_WITH_ZERO_SNR, SAMPLERS, SCHEDULES
 from lab6.guidance import GUIDANCES, guidance_kind
 from lab6.machine import computes_bf16, find_device, has_cuda
 from lab6.options import Data, Run, Sampling, Scoring, System, Training, option_types
@@ -28,7 +28,7 @@ REGISTRIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Scoring, Sampling, Training, Data, System, Run):  # dataclasses puts the fields of the last base first
-    """Every choice of a run. Make one with `make_settings`; it is saved in each checkpoint.
+    """Every setting. Make one with `make_settings`; it is saved in each checkpoint.
 
     `preset` names one of PRESETS, which fills the fields of the network, the diffusion and the optimiser; any field may
     be overridden. options.py says what each field means.
@@ -55,9 +55,10 @@ class Settings(Scoring, Sampling, Training, Data, System, Run):  # dataclasses p
             raise ValueError("flip=True with space='latents': a mirrored latent is not that of the mirrored image")
         crossing = [name for name in ("attention", "up_attention") if "cross" in getattr(self, name)]
         if crossing and not CONDITIONINGS[self.conditioning].gives_tokens:
+            able = " or ".join(repr(name) for name, module in CONDITIONINGS.items() if module.gives_tokens)
             raise ValueError(
                 f"{crossing[0]}={getattr(self, crossing[0])} with conditioning={self.conditioning!r}: cross-attention "
-                "needs conditioning='tokens' or 'multi-hot'"
+                f"needs conditioning={able}; use that, or 'none' or 'self' in place of 'cross'"
             )
 
     def _check_diffusion(self):
@@ -68,9 +69,9 @@ class Settings(Scoring, Sampling, Training, Data, System, Run):  # dataclasses p
                 "zero_snr=True with loss_weighting='min-snr': the last step, with which sampling begins, would have "
                 "weight 0 and never be learnt"
             )
-        if self.zero_snr and self.sampler == "heun":
+        if self.zero_snr and self.sampler in NOT_WITH_ZERO_SNR:
             raise ValueError(
-                "sampler='heun' with zero_snr=True: its noise levels would be infinite; use another sampler"
+                f"sampler={self.sampler!r} with zero_snr=True: it would start at infinite noise; use another sampler"
             )
 
     def _check_guidance(self):
@@ -82,17 +83,17 @@ class Settings(Scoring, Sampling, Training, Data, System, Run):  # dataclasses p
             )
         if way.samplers and self.sampler not in way.samplers:
             raise ValueError(
-                f"guidance={self.guidance!r} with sampler={self.sampler!r}: algorithm 1 moves the mean of ancestral "
-                "sampling; use sampler='ddpm', or guidance='classifier-2'"
+                f"guidance={self.guidance!r} with sampler={self.sampler!r}: it works only with sampler="
+                f"{' or '.join(map(repr, way.samplers))}; use that, or another guidance"
             )
 
     def _check_distillation(self):
         if not GUIDANCES[self.guidance].distilled:
             known = [name for name, way in GUIDANCES.items() if way.distilled]
-            raise ValueError(f"guidance={self.guidance!r}: a distilled network knows {', '.join(known)}")
+            raise ValueError(f"guidance={self.guidance!r} for a distilled network: choose from {', '.join(known)}")
         needs = dict(space="pixels", conditioning="tokens", label_dropout=0, flip=False, loss_weighting="none",
                      sampler="ddim", steps=self.student_steps)  # fmt: skip
-        wrong = [f"{name}={value!r}" for name, value in needs.items() if getattr(self, name) != value]
+        wrong = [f"{n}={value!r} (not {getattr(self, n)!r})" for n, value in needs.items() if getattr(self, n) != value]
         if not wrong and self.prediction == "epsilon":
             wrong = ["prediction='v_prediction' or 'sample', since at the last t eps says nothing about x_0"]
         if wrong:

@@ -1,7 +1,7 @@
 """The training loop: loss, EMA, checkpoints that resume exactly. Notebook 03.
 
-Training knows its examples only by their method `batch` (see examples.py). Stands on examples, denoiser, diffusion,
-pipeline, runs, dataset, settings, machine and storage.
+Training knows its examples only by their method `batch` (see examples.py). Stands on examples, runs, pipeline,
+denoiser, dataset, settings, diffusion, machine and storage.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The sliders of notebook 04.
 
-Stands on sampling, pipeline, guidance, labels and settings.
+Stands on sampling, pipeline, settings, guidance and labels.
 """
 
 from __future__ import annotations

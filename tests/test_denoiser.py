@@ -182,6 +182,34 @@ def test_there_is_a_token_for_each_object():
             torch.testing.assert_close(token, denoiser.condition.empty)
 
 
+class Table(nn.Module):
+    """A conditioning as a student might add it: 24 tokens, of which those of the objects asked for are not zero."""
+
+    pools, gives_tokens, one_per_object = False, True, False
+    token_width, null = 8, None
+
+    def __init__(self, width, token_dim, null_condition):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(24, 8))
+
+    def forward(self, labels, null):
+        return None, labels[:, :, None] * self.table
+
+
+def test_all_tokens_of_a_new_conditioning_are_attended_to(monkeypatch):
+    monkeypatch.setitem(lab.CONDITIONINGS, "table", Table)
+    denoiser = lab.make_denoiser(tiny(conditioning="table", label_dropout=0))
+    outputs = [predict(denoiser, [name]) for name in lab.OBJECTS]
+    differences = [(one - other).abs().max() for one, other in itertools.pairwise(outputs)]
+    assert min(differences) > 1e-6, "the last objects of the list, too"
+
+
+@pytest.mark.parametrize("conditioning", ["mlp", "linear"])
+def test_every_conditioning_goes_with_self_attention_of_narrow_networks(conditioning):
+    settings = tiny(conditioning=conditioning, attention=["none", "none", "self"], head_dim=32)
+    assert predict(lab.make_denoiser(settings), ["red cube"]).shape == (1, 3, 64, 64)
+
+
 def test_weights_come_from_the_seed_alone():
     torch.manual_seed(1)
     first, after = lab.make_denoiser(tiny(seed=3)).state_dict(), torch.rand(1)

@@ -112,7 +112,7 @@ def test_a_distilled_network_is_trained_and_evaluated_once_a_step(synthetic, tea
     few, many = (lab.sample(pipe, SETS, settings, guidance_scale=s) for s in (1.0, 5.0))
     assert asked == [3] * 8 and not torch.equal(few, many), "guidance costs nothing, and is there"
     assert lab.count_evaluations(settings, lab.encode_labels(SETS), distilled=True) == 4
-    assert pipe.guidances == ("none", "classifier-free", "classifier-1", "classifier-2")
+    assert pipe.guidances == ("none", "classifier-free", "classifier-2")
     assert lab.samplers_for(pipe, settings) == ["ddim"]
     scale, steps = lab.guidance_explorer(pipe, settings).children[1].children[3:5]
     assert steps.disabled and scale.continuous_update and scale.max == lab.MAX_GUIDANCE_SCALE, "it follows the slider"
@@ -155,7 +155,7 @@ def test_no_such_teacher(synthetic, runs):
         (dict(conditioning="linear", attention=["none"] * 3), "distillation needs conditioning='tokens'"),
         (
             dict(guidance="composition"),
-            "guidance='composition': a distilled network knows none, classifier-free, classifier-2",
+            "guidance='composition' for a distilled network: choose from none, classifier-free, classifier-2",
         ),
     ],
 )

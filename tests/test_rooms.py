@@ -70,9 +70,25 @@ def test_public_names_are_explained():
                 assert ast.get_docstring(node), f"{file.name}: {node.name}"
 
 
+def rooms_imported(file):
+    """The rooms that a module imports, also inside functions, without the package of the runner in their names."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lab6."):
+            names.add(node.module.split(".")[-1])
+    return names - {file.stem}
+
+
+@pytest.mark.parametrize("file", ROOMS, ids=lambda file: file.stem)
+def test_a_room_says_what_it_stands_on(file):
+    text = " ".join(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).split())
+    said = re.search(r"Stands on ([^.]*)\.", text)[1].replace(" and ", ", ").split(", ")
+    assert sorted(said) == sorted(rooms_imported(file) or {"no other room"})
+
+
 def test_the_front_door_names_every_room():
     rooms = {file.stem for file in ROOMS if file.parent.name == "lab6"}
-    listed = set(re.findall(r"\w+", lab.__doc__.partition("A room imports")[0]))
+    listed = set(re.findall(r"\w+", lab.__doc__.partition("The rooms stand")[0]))
     assert rooms <= listed, f"not in the map: {rooms - listed}"
     text = Path(lab.__file__).read_text(encoding="utf-8")
     assert {node.module for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)} >= {

@@ -40,6 +40,8 @@ def test_parameters_go_to_the_notebooks_that_have_them(tmp_path):
     assert given == {first: {"seed": 7, "split": "a=b"}, second: {"scale": 3.0, "seed": 7}}
     with pytest.raises(Refused, match=r"(?s)did you mean scale\?.*01_a has .*02_b has"):
         check_parameters(paths, ["scal=3"])
+    with pytest.raises(Refused, match="no such parameter; it is a setting, but not a parameter of these notebooks"):
+        check_parameters(paths, ["ema_decay=0.5"])
     more = "num_timesteps = 3\nguidance_scale = 2.0\nsteps = 1\n"
     write_notebook(tmp_path / "03_c.ipynb", parameters=PARAMETERS + more)
     for name, meant in (("guidance", "guidance_scale"), ("step", "steps")):

@@ -27,6 +27,13 @@ def test_every_profile_goes_with_every_preset(profile, preset):
     assert (settings.profile, settings.preset) == (profile, preset)
 
 
+@pytest.mark.parametrize("profile", lab.PROFILES)
+@pytest.mark.parametrize("new", [dict(), dict(schedule="linear"), dict(lab.PRESETS["few-step"], student_steps=2)])
+def test_a_new_preset_may_leave_anything_out(monkeypatch, profile, new):
+    monkeypatch.setitem(lab.PRESETS, "mine", new)
+    assert lab.make_settings(profile, preset="mine", device="cpu").preset == "mine"
+
+
 def test_profile_auto_needs_a_gpu_for_full(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert lab.make_settings().profile == "quick"
@@ -77,7 +84,7 @@ REFUSED = [
     (dict(attention=["none", "none", "all"]), "attention='all': choose from none, self, cross"),
     (dict(batch_size=0), "batch_size=0: must be at least 1"),
     (dict(epochs=-1), "epochs=-1: must be at least 1"),
-    (dict(channels=[8, 16]), "one entry a resolution"),
+    (dict(channels=[8, 16]), "one entry per resolution"),
     (dict(channels=[8, 12, 16]), "divisible by norm_groups=8"),
     (dict(conditioning="linear"), "cross-attention needs conditioning='tokens'"),
     (dict(label_dropout=1.0), "label_dropout=1.0: must be in [0, 1)"),
@@ -93,7 +100,7 @@ REFUSED = [
     (dict(conditioning="mlp"), "with conditioning='mlp': cross-attention needs conditioning='tokens' or 'multi-hot'"),
     (dict(conditioning="linear", attention=["none"] * 3, up_attention=["none", "none", "cross"]),
      "up_attention=('none', 'none', 'cross') with conditioning='linear'"),
-    (dict(up_attention=["none", "cross"]), "and up_attention=('none', 'cross'): give both one entry a resolution"),
+    (dict(up_attention=["none", "cross"]), "and up_attention=('none', 'cross'): give both one entry per resolution"),
     (dict(space="latents", flip=True), "flip=True with space='latents'"),
     (dict(patch=4, channels=[16] * 6, attention=["cross"] * 6),
      "with patch=4: the last of so many resolutions would be 0.5"),

@@ -1,6 +1,6 @@
 """Running notebooks with papermill, one after the other, and keeping in status.json how each stands.
 
-Stands on parameters, below it in the runner, and on the room storage; for the facts of a run also on files and machine.
+Stands on parameters, files, machine and storage.
 """
 
 from __future__ import annotations

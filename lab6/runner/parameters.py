@@ -1,7 +1,7 @@
 """What is asked for: which notebooks, with which parameters, in which combinations. What cannot be is refused.
 
-The lowest module of the runner. Stands on the room storage; the functions at the end, which check values, also on
-settings, files, runs, distillation and evaluators: they import them when called, since importing torch takes seconds.
+The lowest module of the runner. Stands on distillation, runs, evaluators, files, settings, options and storage.
+Those that need torch are imported late, since that takes seconds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 
 import papermill
 
+from lab6.options import option_names
 from lab6.storage import ROOT, from_project, read_json
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -99,7 +100,8 @@ def _choices_instead(name, defaults):
     """End of the message on an unknown name: a similar one, and what each notebook has."""
     names = {n: None for known in defaults.values() for n in known}
     close = [n for n in names if name in n.split("_")] or difflib.get_close_matches(name, names, n=1)
-    lines = [f"; did you mean {close[0]}?" if close else ""]
+    known_elsewhere = "; it is a setting, but not a parameter of these notebooks" if name in option_names() else ""
+    lines = [f"; did you mean {close[0]}?" if close else known_elsewhere]
     lines += [f"  {path.stem} has {', '.join(n for n in known if n != 'profile')}" for path, known in defaults.items()]
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
 """The report: the executed notebooks as one HTML page, formulas as MathML, which a browser prints to a PDF.
 
-Stands on parameters, below it in the runner, and on the room storage. Its template is in notebooks/templates/report.
+Stands on parameters and storage. Its template is in notebooks/templates/report.
 """
 
 from __future__ import annotations

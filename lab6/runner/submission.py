@@ -1,6 +1,6 @@
 """What the course wants handed in: a zip of the report and the source, and the weights as a .pth.
 
-Stands on report and parameters, below it in the runner, and on the rooms storage and runs.
+Stands on report, parameters, runs and storage.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A sweep: notebooks once for each combination of parameters, several at a time, on dask's workers.
 
-The workers are processes of this machine, one a GPU, or those of a dask scheduler, perhaps of many machines. Stands on
-notebooks and parameters, below it in the runner, and on the room storage.
+The workers are processes of this machine, one per GPU, or those of a dask scheduler, perhaps of many machines.
+Stands on notebooks, parameters and storage.
 """
 
 from __future__ import annotations
