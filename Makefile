@@ -22,7 +22,7 @@ report: .venv/installed browser
 	$(BIN)/python run_notebooks.py --profile $(PROFILE) $(ARGS)
 
 test: .venv/installed browser
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Train a small network twice with each choice and sample in 10 steps (steps=0: all T); then 06 compares.
 EXPERIMENT := $(BIN)/python run_notebooks.py --profile shipped --only 06 -p preset=tokens -p max_images=0 \

@@ -26,7 +26,7 @@ Conventions. Images are (B, 3, 64, 64) float32 in [-1, 1]; labels are (B, 24) mu
 timesteps run from 0 (almost clean) to T - 1 (almost noise). The letters are those of Ho et al. 2020: x_0, x_t, eps, and
 alpha_bar for the cumulative product of (1 - beta). Guidance is eps_uncond + s * (eps_cond - eps_uncond): s = 1 is off,
 s = 0 ignores the labels. All randomness is derived from the seed and a named stream, so the same settings give the same
-result, resumed or not. Importing this module does nothing but define names.
+result, resumed or not (bit for bit on a CPU, within rounding on a GPU). Importing this module only defines names.
 """
 
 # ruff: noqa: F401, I001 - these imports are here to be passed on, in the order of the notebooks
@@ -82,6 +82,6 @@ from lab6.figures import (
     plot_errors,
 )
 from lab6.machine import autocast, wait_for, make_generator, headless, progress, format_seconds, commit, device_name
-from lab6.storage import ROOT, WEIGHTS, name_of, write_json, load_history, sha256_of
+from lab6.storage import ROOT, WEIGHTS, name_of, write_json, load_history, sha256_of, has_folder
 
 __all__ = [name for name in dir() if not name.startswith("_")]

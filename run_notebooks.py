@@ -52,7 +52,7 @@ def parse(argv=None):
     parser.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[])
     parser.add_argument("--sweep", metavar="name=value,value", nargs="+", help="run once for each combination")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="sweep on the workers of this dask scheduler")
-    parser.add_argument("--workers", type=int, metavar="N", help="sweep so many notebooks at a time on this machine")
+    parser.add_argument("--workers", type=int, metavar="N", help="sweep N notebooks at a time on this machine")
     parser.add_argument("--train", action="store_true", help="run no notebook, train what notebook 03 would")
     parser.add_argument("--settings", type=Path, metavar="FILE", help="train with the settings in this json file, "
                         "such as a run's settings.json; of -p only resume= goes with it")  # fmt: skip
@@ -79,7 +79,7 @@ def plan(args, notebooks):
     given = {}
     if args.train:
         ((_, given),) = jobs.values()
-    elif args.submission:  # of the system that notebook 04 would draw with
+    elif args.submission:  # of the system that notebook 04 samples with
         _, given = jobs.get("04_sampling_and_guidance", (None, {}))
     settings = read_settings(args.settings) if args.settings else settings_with(args.profile, given)
     return settings, given, jobs
@@ -93,8 +93,8 @@ def check_options(args):
     if (args.workers is not None or args.scheduler) and (not fits or (args.workers and args.scheduler)):
         raise Refused("--workers N (1 or more) or --scheduler ADDRESS goes with --sweep")
     others = [assignment for assignment in args.assignments if not assignment.startswith("resume=")]
-    if args.settings and (not args.train or others):
-        raise Refused("--settings FILE goes with --train, and without -p other than -p resume=...")
+    if args.settings and (not args.train or others or args.profile != "auto"):
+        raise Refused("--settings FILE goes with --train, without --profile, and without -p other than -p resume=...")
 
 
 def act(args, settings, given, jobs, notebooks):

@@ -71,7 +71,10 @@ class Denoiser(ModelMixin, ConfigMixin):
         if self.condition.gives_tokens:
             self.unet = self._unet_with_tokens(self.condition.token_width, channels, head_dim, student_steps, shared)
         else:
-            self.unet = UNet2DModel(attention_head_dim=min(head_dim, *channels), **shared)
+            # The middle block always attends; a head cannot be wider than the channels that attend.
+            attending = [channels[-1], *(c for c, a in zip(channels, attention, strict=True) if a == "self")]
+            attending += [c for c, a in zip(channels, up_attention, strict=False) if a == "self"]
+            self.unet = UNet2DModel(attention_head_dim=min(head_dim, *attending), **shared)
 
     @staticmethod
     def _unet_with_tokens(width, channels, head_dim, student_steps, shared):
@@ -134,9 +137,10 @@ class Denoiser(ModelMixin, ConfigMixin):
             slots = torch.arange(tokens.shape[1], device=labels.device)
             extra["encoder_attention_mask"] = slots < labels.sum(1, keepdim=True).clamp(min=3)
         if self.config.student_steps:
-            if not isinstance(guidance_scale, torch.Tensor):
-                guidance_scale = torch.full((len(x),), float(guidance_scale), device=x.device)
-            extra["timestep_cond"] = get_timestep_embedding(100 * guidance_scale, GUIDANCE_EMBEDDING).to(dtype)
+            if not isinstance(guidance_scale, torch.Tensor):  # full, since as_tensor would let the host wait for a GPU
+                guidance_scale = torch.full((), float(guidance_scale), device=x.device)
+            scale = guidance_scale.to(x.device).expand(len(x))
+            extra["timestep_cond"] = get_timestep_embedding(100 * scale, GUIDANCE_EMBEDDING).to(dtype)
         return F.pixel_shuffle(self.unet(x, t, class_labels=pooled, **extra).sample, self.config.patch)
 
 

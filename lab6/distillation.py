@@ -22,7 +22,7 @@ from lab6.options import Network
 from lab6.pipeline import ICLEVRPipeline
 from lab6.runs import load_pipeline
 from lab6.settings import Settings
-from lab6.storage import WEIGHTS, from_project, write_whole
+from lab6.storage import WEIGHTS, from_project, open_folder, write_whole
 
 #: This many trajectories are sampled at a time, with one guidance scale.
 _AT_A_TIME = 64
@@ -41,7 +41,8 @@ def sample_trajectories(settings: Settings, labels: torch.Tensor, teacher: ICLEV
     """
     from safetensors.torch import save_file
 
-    how = (teacher.weights_sha256, settings.student_steps, settings.teacher_steps, settings.seed, MAX_GUIDANCE_SCALE)
+    how = (teacher.weights_sha256, settings.student_steps, settings.teacher_steps, settings.seed, MAX_GUIDANCE_SCALE,
+           "named streams")  # fmt: skip
     name = hashlib.sha256(repr(how).encode() + labels.numpy().tobytes()).hexdigest()[:16]
     folder = settings.runs / "cache" / f"trajectories-{name}"
     parts = [(folder / f"{i:04d}.safetensors", i, of) for i, of in enumerate(labels.split(_AT_A_TIME))]
@@ -122,7 +123,9 @@ def find_teacher(settings: Settings) -> Path:
     """The folder of the pipeline that `settings.teacher` names; FileNotFoundError where there is none."""
     folder = WEIGHTS / settings.teacher
     folder = folder if folder.is_dir() else from_project(settings.teacher)
-    if not (folder / "model_index.json").is_file():
+    with open_folder(folder):
+        found = (folder / "model_index.json").is_file()
+    if not found:
         raise FileNotFoundError(f"teacher={settings.teacher!r}: no pipeline in {folder}; give a preset that ships "
                                 "(data/weights) or a pipeline's folder")  # fmt: skip
     return folder

@@ -57,8 +57,8 @@ def open_examples(settings: Settings, dataset: ICLEVRDataset, folder: Path):
 
 
 def batch_blocks(size: int) -> int:
-    """Into how many blocks a global batch is cut. Each block has random noise of its own, so that a process makes only
-    the noise of its share, and the whole is the same for any number of processes that divides this one."""
+    """The number of blocks of a global batch. Each block has random noise of its own, so that a process whose share is
+    a number of whole blocks makes only the noise of these."""
     return math.gcd(size, 16)
 
 
@@ -85,11 +85,13 @@ def training_batch(settings: Settings, examples, scheduler: DDPMScheduler, step:
     mirrored = (torch.rand(size, generator=g, device=device) < 0.5 * settings.flip)[mine]
 
     blocks = batch_blocks(size)
-    own_blocks = range(rank * blocks // count, (rank + 1) * blocks // count)
+    whole = blocks % count > 0  # the shares cut blocks: make all, and take the share
+    own_blocks = range(blocks) if whole else range(rank * blocks // count, (rank + 1) * blocks // count)
 
     def noise(name, shape):
         generators = [make_generator(settings.seed, name, step, block, device=device) for block in own_blocks]
-        return torch.cat([torch.randn((size // blocks, *shape), generator=g, device=device) for g in generators])
+        parts = [torch.randn((size // blocks, *shape), generator=g, device=device) for g in generators]
+        return torch.cat(parts)[mine] if whole else torch.cat(parts)
 
     batch = examples.batch(rows, t, noise, scheduler)
     x_0, eps, t = batch["x_0"], batch["eps"], batch["t"]

@@ -17,8 +17,9 @@ if typing.TYPE_CHECKING:
 
 
 def settings_of(row: dict) -> Settings:
-    """Every setting of an experiment in results.json, including those that it left to its preset."""
-    return make_settings(**{"preset": row["system"], "device": "cpu"} | row["experiment"])
+    """Every setting of an experiment in results.json, including those that it left to its preset and device."""
+    device = "cpu" if row.get("device", "cpu").startswith(("cpu", "mps")) else "cuda"
+    return make_settings(**{"preset": row["system"], "device": device, "precision": "fp32"} | row["experiment"])
 
 
 def drop_unknown(rows: list[dict]) -> list[dict]:
@@ -43,7 +44,7 @@ def compare_experiments(rows: list[dict], *choice: str) -> dict[tuple, list[dict
     groups = {}
     for row in rows:
         settings = settings_of(row)
-        rest = dataclasses.asdict(settings) | dict.fromkeys([*choice, "seed", "seeds", "run"])
+        rest = dataclasses.asdict(settings) | dict.fromkeys([*choice, "seed", "seeds", "run", "device"])
         alike = str([rest, row["evaluator_sha256"], row["data"]])
         values = tuple(getattr(settings, name) for name in choice)
         groups.setdefault(alike, {}).setdefault(values, []).append(row)

@@ -1,4 +1,5 @@
-"""Figures, tables and image files. Each plot_ function returns a matplotlib Figure; `save_figure` shows and keeps it.
+"""Figures, tables and image files. A plot_ function returns a matplotlib Figure for
+`save_figure`, which shows and keeps it, or fills an axis that it is given.
 
 Stands on settings, machine, labels and storage.
 """

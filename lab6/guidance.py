@@ -231,7 +231,7 @@ def guidance_kind(options: Sampling) -> str:
 def guidance_record(options: Sampling) -> dict:
     """The guidance as results.json keeps it: kind and scale, and what else differs from the usual."""
     kept = {"kind": guidance_kind(options), "scale": options.guidance_scale}
-    if kept["kind"] in BY_CLASSIFIER:
+    if GUIDANCES[kept["kind"]].needs_classifier:
         kept["shown"] = options.classifier_input
     if kept["kind"] != "none" and options.guidance_interval != (0.0, 1.0):
         kept["interval"] = list(options.guidance_interval)

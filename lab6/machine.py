@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -27,16 +28,14 @@ from lab6.storage import ROOT
 def has_cuda() -> bool:
     """Is there an NVIDIA GPU that torch can compute on? Where one is there in vain, a warning says why."""
     if not torch.cuda.is_available():
-        if _has_nvidia_gpu() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        if _has_nvidia_gpu() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
             _warn_once("an NVIDIA GPU is there, but this torch cannot use it (its driver is too old for CUDA "
                        f"{torch.version.cuda}, or torch was built without CUDA). Computing without it")  # fmt: skip
         return False
-    try:
-        _first_kernel()
-    except RuntimeError as error:  # a card for which this build of torch has no kernels
-        reason = str(error).splitlines()[0]
-        _warn_once(f"the GPU {torch.cuda.get_device_name()} cannot run this torch's kernels ({reason}). "
-                   "Computing without it")  # fmt: skip
+    card, built = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    if not _has_kernels(card, built):
+        _warn_once(f"the GPU {torch.cuda.get_device_name()} has compute capability {card[0]}.{card[1]}, for which this "
+                   f"torch has no kernels (it has {', '.join(built)}). Computing without it")  # fmt: skip
         return False
     return True
 
@@ -46,8 +45,16 @@ def find_device() -> str:
     return "cuda" if has_cuda() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _first_kernel():
-    return (torch.ones(1, device="cuda") + 1).item()
+def _has_kernels(card, built):
+    """Do kernels built for these architectures run on a card of this capability (major, minor)? Machine code (sm_) runs
+    on cards of the same major number and no lower minor one, PTX (compute_) on all later cards."""
+    for name in built:
+        kind, _, number = name.partition("_")
+        major, minor = divmod(int(re.match(r"\d+", number)[0]), 10)
+        same = major == card[0] and minor <= card[1]
+        if same if kind == "sm" else kind == "compute" and (major, minor) <= tuple(card):
+            return True
+    return not built
 
 
 def _has_nvidia_gpu():
@@ -86,9 +93,9 @@ def wait_for(device: str):
 def make_generator(seed: int, *stream: int | str, device: str = "cpu") -> torch.Generator:
     """A random generator for one purpose: the same (seed, *stream) always gives the same numbers.
 
-    Seed and stream are hashed together, so that neighbouring seeds and steps share nothing. Every purpose has a name of
-    its own as the first part of its stream ("noise", "dropout", ...). Sampling has none, (seed, number of the image),
-    so that the images of earlier versions stay what they are.
+    Seed and stream are hashed together, so that neighbouring seeds and steps share nothing. In lab6/ every
+    purpose has a name of its own as the first part of its stream ("noise", "dropout", ...), except sampling: its stream
+    is (seed, number of the image), so that images stay what they were in earlier versions.
     """
     digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
@@ -99,9 +106,12 @@ def global_randomness(device: str, seed: int, *stream: int | str):
     """Within it torch's global generators, which layers such as dropout use, begin at (seed, *stream); then they go on
     as if nothing had been."""
     gpus = [torch.cuda.current_device()] if device == "cuda" else []
+    of_mps = torch.mps.get_rng_state() if device == "mps" else None
     with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(make_generator(seed, *stream).initial_seed())
         yield
+    if of_mps is not None:
+        torch.mps.set_rng_state(of_mps)
 
 
 # ── Progress ───────────────────────────────────────────────────────────────────────────────────────────

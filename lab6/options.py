@@ -144,7 +144,7 @@ class System(Distillation, Diffusion, Latents, Network):
     def check(self):
         if (lowest := self.image_size / self.patch / 2 ** (len(self.channels) - 1)) < 1:
             raise ValueError(
-                f"channels={self.channels} with patch={self.patch}: the last of so many resolutions would be {lowest:g}"
+                f"channels={self.channels} with patch={self.patch}: the lowest of these resolutions would be {lowest:g}"
             )
         if self.space == "latents":
             check_groups("autoencoder_channels", self.autoencoder_channels, self.norm_groups)
@@ -154,7 +154,7 @@ class System(Distillation, Diffusion, Latents, Network):
 class Data(Options):
     """Which images are trained on."""
 
-    max_images: int = count(0, low=0)  # the first so many; 0: all
+    max_images: int = count(0, low=0)  # only the first ones; 0: all
     # unseen: no image that shows a set of `unseen_sets`; random: the same number of images fewer, chosen at random
     leave_out: str = option("none", "none", "unseen", "random")
     flip: bool = option(False)  # mirror half of the images
@@ -206,7 +206,7 @@ class Scoring(Options):
     """How much is evaluated, and how our evaluators are trained."""
 
     seeds: int = count(16, resumable=True)
-    evaluation_sets: int = count(0, low=0, resumable=True)  # evaluate on the first so many label sets; 0: all
+    evaluation_sets: int = count(0, low=0, resumable=True)  # only the first label sets; 0: all
     evaluator_epochs: int = count(12, resumable=True)
     # rendered scenes of up to five objects that the evaluators learn from too; 0: none
     evaluator_scenes: int = count(1200, low=0, resumable=True)

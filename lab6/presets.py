@@ -34,20 +34,25 @@ SMALL_TOKENS = {
     "shipped": _MINUTE,
     "full": {},
 }
-# A batch of 32 keeps a GPU waiting for its kernels to be launched; the learning rate grows with the root of the batch's
-# size, and the epochs so that there are half as many steps. (Its quality has not been tested.)
+# A batch of 32 keeps a GPU waiting for its kernels to be launched. The learning rate grows with the root of the batch's
+# size, and the epochs so that there are half as many steps. (The quality of this has not been tested.)
 _ON_A_GPU = dict(batch_size=128, learning_rate=1.6e-3, epochs=200)
 
 
-def fill(profile: str, preset: str, device: str) -> dict:
-    """What a profile and a preset fix of Settings, {name: value}; the profile wins."""
-    return PRESETS[preset] | PROFILES[profile] | _adapt(profile, preset, device)
+def fill(profile: str, preset: str, overrides: dict) -> dict:
+    """What a profile and a preset fix of Settings, {name: value}; the profile wins.
+
+    overrides: what is given besides, with the device. A GPU has a recipe of its own, unless the batch's size or the
+        learning rate is given.
+    """
+    on_a_gpu = overrides["device"] == "cuda" and not overrides.keys() & {"batch_size", "learning_rate"}
+    return PRESETS[preset] | PROFILES[profile] | _adapt(profile, preset, on_a_gpu)
 
 
-def _adapt(profile, preset, device):
+def _adapt(profile, preset, on_a_gpu):
     """What a profile changes of a preset: quick and shipped train all but `tokens` briefly, at full size."""
     if preset == "tokens":
-        return _ON_A_GPU if profile == "full" and device == "cuda" else SMALL_TOKENS[profile]
+        return _ON_A_GPU if profile == "full" and on_a_gpu else SMALL_TOKENS[profile]
     if profile == "full":
         return {}
     if "teacher" in PRESETS[preset]:  # begins with the weights of its teacher, so it has the same size

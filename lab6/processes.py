@@ -28,15 +28,15 @@ def should_resume(settings: Settings, resume: str) -> bool:
 
 
 def count_processes(settings: Settings, dataset: ICLEVRDataset) -> int:
-    """How many processes should train here: one a GPU, but each with 64 images of a batch or more, and all with equally
-    many of its blocks (see `batch_blocks`). At least 1."""
+    """How many processes should train here: one per GPU, but each with at least 64 images of a batch, and all with the
+    same number of its blocks (see `batch_blocks`). At least 1."""
     batch = min(settings.batch_size, len(dataset))
     most = min(torch.cuda.device_count(), batch // 64) if settings.device == "cuda" else 1
     return max((n for n in range(1, most + 1) if batch_blocks(batch) % n == 0), default=1)
 
 
 def train_in_processes(settings: Settings, processes: int, resume: bool = False):
-    """What notebook 03 trains with these settings, in so many processes: run_notebooks.py --train under torchrun.
+    """Train in several processes what notebook 03 trains with these settings: run_notebooks.py --train under torchrun.
 
     The settings reach them by settings.json in the run's folder, where they stay. Prints what the processes print, and
     returns when all is trained: `train` with resume=True then finds the run complete.

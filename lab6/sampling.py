@@ -67,8 +67,9 @@ def _same_signal_handlers():
         yield
     finally:
         for number, handler in before.items():
-            with contextlib.suppress(ValueError):  # outside the main thread nothing was changed
-                signal.signal(number, handler)
+            if handler is not None:  # of a handler that was not set by Python nothing is known
+                with contextlib.suppress(ValueError):  # outside the main thread nothing was changed
+                    signal.signal(number, handler)
 
 
 def _sample_part(pipe, label_sets, settings, seeds, overrides):
@@ -92,8 +93,6 @@ def _sample_seeds(pipe, label_sets, settings, seeds, overrides):
     """(seeds, label sets, 3, 64, 64). Each image has a generator of its own, so that only its last bits depend on its
     batch. A GPU takes all seeds together, in batches as large as its memory allows; on a CPU each seed has batches of
     its own, for the same bits as when it is sampled alone."""
-    from accelerate.utils import find_executable_batch_size
-
     labels = label_sets if isinstance(label_sets, torch.Tensor) else encode_labels(label_sets)
     names = ("guidance", "guidance_scale", "guidance_interval", "classifier_input")
     options = {name: getattr(settings, name) for name in names} | dict(num_inference_steps=settings.steps) | overrides
@@ -111,8 +110,14 @@ def _sample_seeds(pipe, label_sets, settings, seeds, overrides):
         return torch.cat(images).unflatten(0, (len(seeds), len(labels)))
 
     size = AT_A_TIME_ON_A_GPU if settings.device == "cuda" else AT_A_TIME
-    # Where a GPU's memory runs out, this tries again with fewer images at a time.
-    return find_executable_batch_size(in_batches, starting_batch_size=size)()
+    while True:  # where a GPU's memory runs out, with half as many images at a time
+        try:
+            return in_batches(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        torch.cuda.empty_cache()
+        size //= 2
 
 
 def sample_process(pipe: ICLEVRPipeline, label_set, settings: Settings, seed: int = 0):

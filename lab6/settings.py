@@ -143,7 +143,7 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
         raise ValueError(f"preset={preset!r}: choose from {', '.join(PRESETS)}")
     if overrides.get("device", "auto") == "auto":
         overrides["device"] = find_device()
-    values = fill(profile, preset, overrides["device"]) | overrides | {"profile": profile}
+    values = fill(profile, preset, overrides) | overrides | {"profile": profile}
     return settings_from(values | _derive(values, overrides))
 
 
@@ -167,6 +167,8 @@ def settings_from(values: dict) -> Settings:
     Raises:
         ValueError: an unknown name or an impossible value, in one line.
     """
+    if not isinstance(values, dict):
+        raise ValueError("settings must be {name: value}")
     for name in values:
         if name not in _TYPES:
             close = difflib.get_close_matches(name, _TYPES, n=1)

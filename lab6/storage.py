@@ -106,8 +106,8 @@ def sha256_of(file: Path) -> str:
 
 
 @contextlib.contextmanager
-def exclusive(file: Path):
-    """Hold a lock file, so that only one process at a time does what follows; a process that waits says so.
+def exclusive(file: Path, say: bool = True):
+    """Hold a lock file, so that only one process at a time does what follows; with `say`, a process that waits says so.
 
     The same process may take it again, since an interrupted cell of a notebook can leave it held.
     """
@@ -118,7 +118,8 @@ def exclusive(file: Path):
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"progress: waiting for another process, which works in {file.parent}", flush=True)
+        if say:
+            print(f"progress: waiting for another process, which works in {file.parent}", flush=True)
         lock.acquire()
     try:
         yield
@@ -135,19 +136,20 @@ def _lock(folder):
 
 
 def replace_folder(folder: Path, write):
-    """Call `write(temporary folder)`, then put that in place of `folder`.
+    """Call `write(temporary folder)`, then put that in place of `folder`; one writer at a time.
 
     No file system renames a folder over another, so the old one steps aside for a moment; `open_folder` waits for that
     moment to pass, and finds the old one where a crash left it aside.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{uuid.uuid4().hex[:12]}.{folder.name}")
+    temporary = folder.with_name(f".partial.{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
         write(temporary)
         if not (folder.exists() or _previous(folder).exists()):
             temporary.rename(folder)
             return
-        with exclusive(_lock(folder)):
+        with exclusive(_lock(folder), say=False):
             if folder.exists():
                 shutil.rmtree(_previous(folder), ignore_errors=True)
                 folder.rename(_previous(folder))
@@ -164,10 +166,18 @@ def open_folder(folder: Path):
     Only folders of runs are ever replaced; elsewhere, such as where weights ship, no lock file is made.
     """
     may_change = _lock(folder).exists() or (folder.parent.is_dir() and folder.is_relative_to(runs_folder()))
-    with exclusive(_lock(folder)) if may_change else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if may_change and os.access(folder.parent, os.W_OK):  # what is read-only is not being replaced
+            stack.enter_context(exclusive(_lock(folder), say=False))
         if not folder.exists() and _previous(folder).exists():  # a crash between the two renames
             _previous(folder).rename(folder)
         yield folder
+
+
+def has_folder(folder: Path) -> bool:
+    """Is there such a folder, perhaps put aside by a crash?"""
+    with open_folder(folder):
+        return folder.is_dir()
 
 
 def save_with_history(model, folder: Path, history: list[dict]):

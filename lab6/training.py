@@ -17,12 +17,12 @@ import torch
 from lab6.dataset import ICLEVRDataset, data_facts
 from lab6.denoiser import make_denoiser
 from lab6.diffusion import make_scheduler, snr
-from lab6.examples import batch_blocks, open_examples, training_batch
+from lab6.examples import open_examples, training_batch
 from lab6.machine import autocast, format_seconds, global_randomness, progress, time_left
 from lab6.pipeline import ICLEVRPipeline
 from lab6.runs import read_checkpoint
 from lab6.settings import Settings
-from lab6.storage import exclusive, save_with_history, write_json, write_whole
+from lab6.storage import exclusive, has_folder, save_with_history, write_json, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _train(settings, dataset, folder, resume, accelerator):
     if done >= settings.epochs:
         return
     examples, scheduler = open_examples(settings, dataset, folder), make_scheduler(settings)
-    state = TrainingState(settings, examples, saved)
+    state, saved = TrainingState(settings, examples, saved), None  # so that the checkpoint does not stay in memory
     network, state.optimizer = accelerator.prepare(state.model, state.optimizer)
     if settings.torch_compile:
         print("progress: compiling the network, which takes a minute or more", flush=True)
@@ -161,9 +161,10 @@ def _train(settings, dataset, folder, resume, accelerator):
 def _check_processes(done, size, processes, folder):
     from accelerate.utils import gather_object
 
-    if batch_blocks(size) % processes:
-        raise ValueError(f"batch_size={size} cannot be split evenly over {processes} processes: use one that is a "
-                         f"multiple of {processes}, and at most 16 processes")  # fmt: skip
+    if size % processes:
+        raise ValueError(
+            f"batch_size={size} cannot be split evenly over {processes} processes: use a multiple of {processes}"
+        )
     if len(set(gather_object([done]))) > 1:
         raise ValueError(f"the processes find different checkpoints in {folder}: it must be a folder that they share")
 
@@ -238,7 +239,7 @@ def _keep(settings, state, pipeline, data, folder):
     last = epoch == settings.epochs
     wanted = losses[-1] == min(losses) if settings.keep == "best" else last
     # At the end there is a pipeline, also where the best epoch was over before `keep` asked for it.
-    if wanted or (last and not (folder / "pipeline").is_dir()):
+    if wanted or (last and not has_folder(folder / "pipeline")):
         save_with_history(pipeline, folder / "pipeline", state.history)
     if settings.keep == "every" and epoch % settings.keep_every == 0:
         save_with_history(pipeline, folder / "epochs" / f"{epoch:04d}", state.history)

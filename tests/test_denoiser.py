@@ -204,6 +204,12 @@ def test_all_tokens_of_a_new_conditioning_are_attended_to(monkeypatch):
     assert min(differences) > 1e-6, "the last objects of the list, too"
 
 
+def test_heads_of_networks_that_fit_are_not_narrowed():
+    """Weights of the same shapes would give another network."""
+    settings = tiny(conditioning="linear", attention=["none"] * 3, channels=[8, 16, 32], head_dim=32)
+    assert lab.make_denoiser(settings).unet.mid_block.attentions[0].heads == 1
+
+
 @pytest.mark.parametrize("conditioning", ["mlp", "linear"])
 def test_every_conditioning_goes_with_self_attention_of_narrow_networks(conditioning):
     settings = tiny(conditioning=conditioning, attention=["none", "none", "self"], head_dim=32)

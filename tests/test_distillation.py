@@ -1,5 +1,7 @@
 """Distillation: one step of the distilled network leads where several guided steps of its teacher do, at any scale."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import make_pipeline, tiny
@@ -132,6 +134,12 @@ def test_a_teacher_of_another_kind(synthetic, teacher_folder, runs, other, words
     settings = distilled(teacher_folder, **other)
     with pytest.raises(ValueError, match=words):
         list(lab.train(settings, synthetic, lab.run_folder(settings)))
+
+
+def test_a_teacher_that_a_crash_put_aside_is_found(teacher_folder, tmp_path):
+    shutil.copytree(teacher_folder, tmp_path / "pipeline.previous")
+    (tmp_path / "pipeline.lock").touch()
+    assert lab.load_teacher(distilled(tmp_path / "pipeline")).weights_sha256
 
 
 def test_no_such_teacher(synthetic, runs):

@@ -63,6 +63,16 @@ def test_targets_and_noise_are_the_closed_forms(small):
     assert eps.mean().abs() < 0.01 and eps.std().item() == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize("count", [3, 6])
+def test_shares_may_cut_blocks(small, count):
+    """24 pictures are eight blocks of three."""
+    settings = tiny(batch_size=24)
+    examples, scheduler = lab.open_examples(settings, small, None), lab.make_scheduler(settings)
+    whole = lab.training_batch(settings, examples, scheduler, 0)
+    parts = [lab.training_batch(settings, examples, scheduler, 0, (rank, count)) for rank in range(count)]
+    assert_same(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})
+
+
 def test_a_batch_depends_on_seed_and_step_alone(small):
     settings, scheduler = tiny(), lab.make_scheduler(tiny())
     examples = lab.open_examples(settings, small, None)
@@ -81,6 +91,6 @@ def test_processes_share_one_batch(small):
     settings, scheduler = tiny(), lab.make_scheduler(tiny())
     examples = lab.open_examples(settings, small, None)
     whole = lab.training_batch(settings, examples, scheduler, 2)
-    for count in (2, 4, 8):
+    for count in (2, 4, 8):  # eight blocks
         parts = [lab.training_batch(settings, examples, scheduler, 2, (rank, count)) for rank in range(count)]
         assert_same(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})

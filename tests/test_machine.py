@@ -33,14 +33,30 @@ def test_a_gpu_without_a_driver_for_it_is_named(monkeypatch, fresh_warnings):
 
 
 def test_a_gpu_without_kernels_is_named(monkeypatch, fresh_warnings):
-    def no_kernel():
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
-    monkeypatch.setattr(machine, "_first_kernel", no_kernel)
-    with pytest.warns(UserWarning, match="the GPU Tesla V100 cannot run this torch's kernels .*no kernel image"):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "compute_120"])
+    with pytest.warns(UserWarning, match=r"Tesla V100 has compute capability 7\.0, for which this torch has no"):
         assert lab.make_settings().profile == "quick"
+
+
+@pytest.mark.parametrize(
+    ("card", "built", "fits"),
+    [
+        ((9, 0), ["sm_80", "sm_90"], True),
+        ((8, 6), ["sm_80"], True),  # of the same major number
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80"], False),
+        ((9, 0), ["sm_80", "compute_80"], True),  # compiled when it is needed
+        ((6, 0), ["sm_70", "compute_70"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((12, 0), ["sm_100", "sm_120"], True),
+        ((9, 4), [], True),  # a build that does not say, as for AMD
+    ],
+)
+def test_kernels_fit_a_card(card, built, fits):
+    assert machine._has_kernels(card, built) == fits
 
 
 def test_global_randomness_begins_anew_and_leaves_no_trace():

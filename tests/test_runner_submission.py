@@ -36,4 +36,6 @@ def test_without_git_the_source_is_whole(monkeypatch, git):
             "data/render_scenes.py", "data/unseen_sets.json", "notebooks/01_data_exploration.ipynb",
             "notebooks/templates/report/index.html.j2", "tests/conftest.py"} <= files  # fmt: skip
     assert not [file for file in files if file.startswith(("data/weights", "data/runs", "figures", ".venv", ".git/"))]
+    json_files = {file for file in files if file.endswith(".json")}
+    assert json_files == {"benchmarks/results.json", "data/held_out_scenes.json", "data/unseen_sets.json"}
     assert {os.path.splitext(file)[1] for file in files}.isdisjoint({".zip", ".pth", ".pyc", ".safetensors", ".png"})

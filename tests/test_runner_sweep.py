@@ -105,8 +105,11 @@ def test_workers_are_numbered_on_their_machine():
     """As dask's scheduler_info has them: by address, with numbers or words for names."""
     names = {"tcp://10.0.0.1:5": 0, "tcp://10.0.0.1:7": 1, "tcp://10.0.0.2:5": "b-1", "tcp://10.0.0.2:7": "b-0"}
     workers = {address: {"name": name, "host": address[6:14]} for address, name in names.items()}
-    assert sweep.places_on_machines(workers) == {0: 0, 1: 1, "b-0": 0, "b-1": 1}
-    assert sweep.places_on_machines({}) == {}
+    alike = dict.fromkeys(workers, None)
+    assert sweep.places_on_machines(workers, alike) == {0: 0, 1: 1, "b-0": 0, "b-1": 1}
+    pinned = alike | {address: f"{i},{1 - i}" for i, address in enumerate(workers) if address < "tcp://10.0.0.2"}
+    assert {place for name, place in sweep.places_on_machines(workers, pinned).items() if isinstance(name, int)} == {0}
+    assert sweep.places_on_machines({}, {}) == {}
 
 
 @pytest.mark.parametrize(

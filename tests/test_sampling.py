@@ -48,15 +48,30 @@ def test_what_does_not_fit_into_memory_is_sampled_in_smaller_batches(pipe, monke
     def small_memory(self, labels, *arguments, **options):
         sizes.append(len(labels))
         if len(labels) > 2:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return whole(self, labels, *arguments, **options)
 
     expected = lab.sample(pipe, [*SETS, *SETS], tiny(), num_inference_steps=1)
     monkeypatch.setattr("lab6.sampling.AT_A_TIME", 8)
     monkeypatch.setattr(lab.ICLEVRPipeline, "__call__", small_memory)
     images = lab.sample(pipe, [*SETS, *SETS], tiny(), num_inference_steps=1)
-    assert sizes[-3:] == [2, 2, 2] and sizes == sorted(sizes, reverse=True), "fewer and fewer, until they fit"
+    assert sizes == [6, 4, 2, 2, 2], "half as many until they fit"
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+    monkeypatch.setattr("lab6.sampling.AT_A_TIME", 2)
+    monkeypatch.setattr(lab.ICLEVRPipeline, "__call__", lambda *_, **__: small_memory(None, [0] * 3))
+    with pytest.raises(torch.OutOfMemoryError):
+        lab.sample(pipe, SETS, tiny(), num_inference_steps=1)
+
+
+def test_signal_handlers_are_as_before():
+    import signal
+
+    from lab6.sampling import _same_signal_handlers
+
+    before = signal.getsignal(signal.SIGTERM)
+    with _same_signal_handlers():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")

@@ -38,14 +38,19 @@ def test_profile_auto_needs_a_gpu_for_full(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert lab.make_settings().profile == "quick"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("lab6.machine._first_kernel", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
     assert lab.make_settings(precision="fp32").profile == "full"
+    recipe = lambda **given: [getattr(lab.make_settings(precision="fp32", **given), name)
+                              for name in ("batch_size", "learning_rate", "epochs")]  # fmt: skip
+    assert recipe() == [128, 1.6e-3, 200], "a GPU's own"
+    assert recipe(batch_size=32) == [32, 8e-4, 100] == recipe(device="cpu"), "all of it, or nothing"
 
 
 @pytest.mark.parametrize("cuda, mps, device", [(1, 1, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
 def test_device_is_cuda_then_mps_then_cpu(monkeypatch, cuda, mps, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
-    monkeypatch.setattr("lab6.machine._first_kernel", lambda: None)
+    monkeypatch.setattr("lab6.machine.has_cuda", lambda: bool(cuda))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
     assert lab.make_settings("tiny", precision="fp32").device == device
     assert lab.make_settings("tiny", precision="fp32", device="cpu").device == "cpu"
@@ -103,7 +108,7 @@ REFUSED = [
     (dict(up_attention=["none", "cross"]), "and up_attention=('none', 'cross'): give both one entry per resolution"),
     (dict(space="latents", flip=True), "flip=True with space='latents'"),
     (dict(patch=4, channels=[16] * 6, attention=["cross"] * 6),
-     "with patch=4: the last of so many resolutions would be 0.5"),
+     "with patch=4: the lowest of these resolutions would be 0.5"),
     (dict(loss_weighting="snr"), "loss_weighting='snr': choose from none, min-snr"),
     (dict(learning_rate=float("nan")), "learning_rate=nan: must be a finite number"),
     (dict(gradient_clip=float("inf")), "gradient_clip=inf: must be a finite number"),

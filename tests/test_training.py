@@ -350,6 +350,32 @@ def test_a_checkpoint_that_does_not_know_its_data_resumes(small, tmp_path):
     assert [r.epoch for r in run(tiny(epochs=2, batch_size=8), small, tmp_path)] == [2]
 
 
+def test_each_process_has_dropout_masks_of_its_own(small, monkeypatch):
+    """And makes the noise of its own share only, in an order of the images that is made once an epoch."""
+    from lab6 import examples, machine, training
+
+    settings, dropped, made = tiny(batch_size=8), [], []
+    streams = lambda seed, *stream, device="cpu": made.append(stream) or machine.make_generator(seed, *stream)
+    randomness = lambda device, *stream: dropped.append(stream) or machine.global_randomness(device, *stream)
+    monkeypatch.setattr(training, "global_randomness", randomness)
+    monkeypatch.setattr(examples, "make_generator", streams)
+    examples._epoch_order.cache_clear()
+    opened, scheduler = lab.open_examples(settings, small, None), lab.make_scheduler(settings)
+    for rank in range(2):
+        loss_at = training._loss(settings, lab.make_denoiser(settings), opened, scheduler, (rank, 2))
+        assert loss_at(0) > 0 and loss_at(1) > 0
+    assert dropped == [(0, "dropout", step, rank) for rank in range(2) for step in range(2)]
+    noise = [stream for stream in made if stream[0] == "noise"]
+    assert len(noise) == len(set(noise)) == 16, "eight blocks in each of two steps, each made by one process"
+    assert [stream for stream in made if stream[0] == "order"] == [("order", 0)]
+
+
+def test_what_accelerate_launch_chose_does_not_leak_in(small, straight, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run(tiny(**VARIED), small, tmp_path)
+    assert_same(checkpoint(tmp_path), checkpoint(straight[0]))
+
+
 def test_the_writer_of_tensorboard_is_closed(small, tmp_path, monkeypatch):
     from torch.utils import tensorboard
 

@@ -67,7 +67,7 @@ def what_is_left(jobs, folder):
 
 @contextlib.contextmanager
 def open_cluster(scheduler, workers):
-    """A dask client of the scheduler at an address, or, where that is None, of so many workers on this machine."""
+    """A dask client of the scheduler at an address, or, where that is None, of `workers` workers on this machine."""
     from distributed import Client, LocalCluster
 
     if scheduler:
@@ -118,12 +118,20 @@ def visible_gpus():
     return (named.split(",") if named else [str(i) for i in range(count)])[:count]
 
 
-def places_on_machines(workers):
-    """{name: its number among the workers on the same machine, from 0}; workers: as `workers_of` gives them."""
+def places_on_machines(workers, visible):
+    """{name: its number among the workers on the same machine, from 0}; workers: as `workers_of` gives them.
+
+    visible: {address: its CUDA_VISIBLE_DEVICES}. Workers of a machine that see different GPUs have been given their own
+    (as dask-cuda does), so each takes the first that it sees: number 0.
+    """
     by_machine = {}
-    for worker in sorted(workers.values(), key=lambda worker: str(worker["name"])):
-        by_machine.setdefault(worker["host"], []).append(worker["name"])
-    return {name: number for names in by_machine.values() for number, name in enumerate(names)}
+    for address, worker in sorted(workers.items(), key=lambda item: str(item[1]["name"])):
+        by_machine.setdefault(worker["host"], []).append((worker["name"], visible.get(address)))
+    places = {}
+    for found in by_machine.values():
+        pinned = len({gpus for _, gpus in found}) > 1
+        places |= {name: 0 if pinned else number for number, (name, _) in enumerate(found)}
+    return places
 
 
 # ── What they do ───────────────────────────────────────────────────────────────────────────────────────
@@ -141,7 +149,8 @@ def submit(client, jobs, folder, timeout, gpus):
         return run_job(*arguments)
 
     variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    common = timeout, variables, places_on_machines(workers_of(client)), gpus
+    visible = client.run(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
+    common = timeout, variables, places_on_machines(workers_of(client), visible), gpus
     return {client.submit(job, path, folder / f"{name}.ipynb", parameters, *common, pure=False): name
             for name, (path, parameters) in jobs.items()}  # fmt: skip
 
