@@ -53,7 +53,8 @@ class Run(Options):
     run: str = option("", resumable=True)  # name of the training run; "": the preset's name
     seed: int = count(0, low=0, high=2**63 - 1)
     device: str = option("auto", "cuda", "mps", "cpu", resumable=True)  # chosen in that order
-    precision: str = option("auto", "bf16", "fp32", resumable=True)  # bf16 where the hardware computes in it
+    # bf16 where the hardware computes in it; fp32 on a GPU has torch's default, TF32 for convolutions
+    precision: str = option("auto", "bf16", "fp32", resumable=True)
 
     def check(self):
         if self.run and not re.fullmatch(r"\w[\w=.,+ -]*", self.run):
