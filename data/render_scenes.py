@@ -7,8 +7,9 @@
     python data/render_scenes.py --scenes 300 --hold-out --out DIR         no image has a label set of test.json
 
 DIR then has the layout of the course's files: iclevr/CLEVR_train_SSSSSS_K.png (scene S with K + 1 objects; each image
-adds one object, and everything else stays), train.json, test.json, new_test.json and objects.json. Set LAB6_DATA to
-DIR. Without it, `lab6_utils.find_data` renders scenes itself if it finds no course files.
+adds one object, and everything else stays), train.json, test.json, new_test.json and objects.json; places.json says
+where each object stands. Set LAB6_DATA to DIR. Without it, `lab6_utils.find_data` renders scenes itself if it finds no
+course files.
 
 A scene depends only on the seed and its number, not on what else is rendered or by how many workers. If the program
 was stopped, the same command continues; a larger --scenes adds scenes to those that are there.
@@ -46,6 +47,7 @@ from rendered_scene import (  # noqa: E402
     draw_labels,
     draw_scene,
     draw_test_sets,
+    find_pixels,
     load_mitsuba,
     render_picture,
 )
@@ -60,15 +62,17 @@ def image_name(number, index):
 
 
 def render_scene(folder, number, seed, objects, size, forbidden, margin):
-    """Render the images of one scene that are not in `folder` yet; this is the work of one process."""
+    """Render the images of one scene that are not in `folder` yet; this is the work of one process.
+
+    Returns [x, y] of each object, in pixels of a 64x64 image.
+    """
     files = [folder / image_name(number, k) for k in range(objects)]
-    if all(file.exists() for file in files):
-        return
     scene = draw_scene(seed, number, objects, forbidden, margin)
     for count, file in enumerate(files, 1):
         if not file.exists():
             picture = Image.fromarray(render_picture(scene, count, size))
             write_whole(file, lambda temporary, picture=picture: picture.save(temporary, "png"))
+    return find_pixels(scene).round(2).tolist()
 
 
 def claim_folder(out, choices):
@@ -113,15 +117,18 @@ def render_scenes(out, scenes, objects=3, size=64, seed=0, workers=None, hold_ou
     try:
         jobs = [pool.submit(render_scene, out / "iclevr", number, seed, objects, size, forbidden, margin)
                 for number in range(scenes)]  # fmt: skip
+        places = []
         for done, job in enumerate(jobs, 1):
-            job.result()
+            places.append(job.result())
             yield done
     finally:
         pool.shutdown(cancel_futures=True)
-    train = {}
+    train, known = {}, {}
     for number in range(scenes):  # last, so that the folder counts as data only when it is complete
+        known |= {image_name(number, k): places[number][: k + 1] for k in range(objects)}
         names = draw_labels(np.random.default_rng([seed, number, 0]), objects, forbidden)
         train |= {image_name(number, k): names[: k + 1] for k in range(objects)}
+    write_json(out / "places.json", known)
     write_json(out / "train.json", train)
 
 

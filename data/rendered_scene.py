@@ -189,6 +189,18 @@ def find_surfaces(scene, count, width, height, jitter=True):
     return np.concatenate([np.where(normal.any(-1), nearest, -1)[..., None], normal], -1)
 
 
+def find_pixels(scene):
+    """(n, 2) x and y where the middle of each object appears, in pixels of a 64x64 image."""
+    camera = np.array(scene["camera"])
+    forward = -camera / np.linalg.norm(camera)
+    right = np.cross(forward, [0, 0, 1]) / math.hypot(*forward[:2])
+    heights = [SIZE[name.split()[1]] for name in scene["labels"]]
+    seen = np.column_stack([scene["places"], heights]) - camera
+    across, up = seen @ right, seen @ np.cross(right, forward)
+    scale = 64 * FOCAL / (seen @ forward)
+    return np.column_stack([32 + across * scale, 32 - up * scale * 4 / 3])  # 4:3 is squeezed to a square
+
+
 def count_visible(scene):
     """(n,) how many pixels of 320x240 show each object, estimated with one ray per 4x4 pixels."""
     count = len(scene["labels"])

@@ -22,6 +22,8 @@ class DataFiles:
         images: the folder iclevr/ or the file iclevr.zip.
         train: {image file name: label set}; test, new_test: lists of label sets.
         source: what every figure names as its data, "course files" or "rendered scenes".
+        places: {image file name: [x, y] in pixels of each object, in the order of its label set}, of rendered scenes;
+            empty where there is no places.json (`find_places` finds them).
     """
 
     root: Path
@@ -30,6 +32,7 @@ class DataFiles:
     test: list[list[str]]
     new_test: list[list[str]]
     source: str = "course files"
+    places: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
 
     @property
     def held_out(self) -> frozenset[str]:
@@ -103,7 +106,17 @@ def read_data(root: Path) -> DataFiles:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{root / f'{split}.json'}: {error}") from None
     source = "rendered scenes" if (root / "render.json").is_file() else "course files"
-    return DataFiles(root, images, train, sets["test"], sets["new_test"], source)
+    return DataFiles(root, images, train, sets["test"], sets["new_test"], source, _read_places(root, train))
+
+
+def _read_places(root, train):
+    """What places.json says of the images in train.json; empty where there is none."""
+    file = root / "places.json"
+    places = read_json(file) if file.is_file() else {}
+    if places and any(len(places.get(name, ())) != len(labels) for name, labels in train.items()):
+        raise ValueError(f"{file}: expected [x, y] of each object for each image in train.json; remove the file, or "
+                         "render the scenes again")  # fmt: skip
+    return places
 
 
 def load_renderer():
