@@ -1,5 +1,7 @@
 """What is asked of the runner: which notebooks, which parameters, of which types."""
 
+import math
+
 import pytest
 from small_notebooks import PARAMETERS, write_notebook
 
@@ -30,6 +32,11 @@ def test_values_take_the_type_of_the_default():
     for text, default in wrong:
         with pytest.raises((ValueError, SyntaxError)):
             parse_value(text, default)
+
+
+def test_numbers_that_are_none_are_numbers():
+    """So that settings refuse them by their value, not by their type."""
+    assert math.isnan(parse_value("nan", None)) and parse_value("inf", 1.0) == math.inf
 
 
 def test_parameters_go_to_the_notebooks_that_have_them(tmp_path):

@@ -68,7 +68,7 @@ def made(tmp_path_factory):
     (notebooks / "03_third.ipynb").touch()
     run = {"state": "ok", "seconds": 1.5, "date": "2026-01-02T03:04:05+00:00", "commit": "abcdef0123", "device": "cpu"}
     run |= {"data": "course files", "parameters": {"profile": "tiny"}}
-    (folder / "status.json").write_text(json.dumps({"01_first": run}))
+    (folder / "status.json").write_text(json.dumps({"01_first": run, "02_second": run | {"data": "rendered scenes"}}))
     record = {"system": "tokens", "evaluator": "resnet18", "split": "new_test", "sampler": "ddim", "steps": 20,
               "guidance": {"kind": "classifier-free", "scale": 2.0}, "seeds": 16, "accuracy": 0.9312,
               "ci95_seeds": [0.9204, 0.9419], "ci95_sets": [0.89, 0.96]}  # fmt: skip
@@ -110,8 +110,8 @@ def test_html_leaves_out_what_is_tagged(made):
 
 def test_html_front_page(made):
     front = made[1].split("<main>")[0]
-    for words in ("312550000 · 王小明", "tiny", "course files", "cpu", "abcdef0123", "2026-01-02",
-                  "03_third", "new_test", "classifier-free, s = 2.0", "0.931", "0.920–0.942", "0.890–0.960",
+    for words in ("312550000 · 王小明", "tiny", "data: course files and rendered scenes ·", "cpu", "abcdef0123",
+                  "2026-01-02", "03_third", "new_test", "classifier-free, s = 2.0", "0.931", "0.920–0.942", "0.890–0.960",
                   "real-held-out"):  # fmt: skip
         assert words in front, words
     anchors = re.findall(r'href="#([^"]+)"', made[1])

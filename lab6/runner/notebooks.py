@@ -94,7 +94,7 @@ def execute(path, final, parameters, timeout=None, prefix="  "):
         executed = papermill.execute_notebook(
             path, partial, parameters, kernel_name="python3", cwd=path.parent, progress_bar=False,
             stdout_file=ProgressLines(prefix), execution_timeout=timeout, start_timeout=600, iopub_timeout=60,
-            extra_arguments=["--log-level=40"],  # no advice on transports from every kernel
+            extra_arguments=["--log-level=50"],  # no advice on transports from every kernel
         )  # fmt: skip
     except Exception as error:
         reason = f"{explain(error)}\n  what ran is in {partial}"

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import itertools
+import math
 import re
 
 import papermill
@@ -71,7 +72,7 @@ def parse_value(text, default):
 
 
 def _literal(text):
-    words = {"true": True, "false": False}
+    words = {"true": True, "false": False, "nan": math.nan, "inf": math.inf}  # the last two are refused by name
     return words[text.lower()] if text.lower() in words else ast.literal_eval(text)
 
 

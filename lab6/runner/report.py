@@ -63,6 +63,7 @@ def front_page(settings, paths, notebooks):
         "student": list(filter(None, map(os.environ.get, ("LAB6_STUDENT_ID", "LAB6_STUDENT_NAME")))),
         "profile": settings.profile,
         "runs": runs,
+        "data": sorted({run["data"] for run in runs.values() if run.get("data")}),
         "last": max(runs.values(), key=lambda run: run.get("date", "")),
         "missing": [path.stem for path in choose_notebooks(notebooks) if path.stem not in runs],
         "results": read_json(settings.figures / "results.json", default={}).get("results", []),
