@@ -111,8 +111,8 @@ def test_html_leaves_out_what_is_tagged(made):
 def test_html_front_page(made):
     front = made[1].split("<main>")[0]
     for words in ("312550000 · 王小明", "tiny", "data: course files and rendered scenes ·", "cpu", "abcdef0123",
-                  "2026-01-02", "03_third", "new_test", "classifier-free, s = 2.0", "0.931", "0.920–0.942", "0.890–0.960",
-                  "real-held-out"):  # fmt: skip
+                  "2026-01-02", "03_third", "new_test", "classifier-free, s = 2.0", "0.931", "0.920–0.942",
+                  "0.890–0.960", "real-held-out"):  # fmt: skip
         assert words in front, words
     anchors = re.findall(r'href="#([^"]+)"', made[1])
     assert len(anchors) >= 8 and all(f'id="{anchor}"' in made[1] for anchor in anchors)
