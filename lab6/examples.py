@@ -82,7 +82,6 @@ def training_batch(settings: Settings, examples, scheduler: DDPMScheduler, step:
     spread = (torch.arange(size, device=device) + torch.rand((), generator=g, device=device)) / size
     t = (spread * T).long().clamp(max=T - 1)[torch.randperm(size, generator=g, device=device)][mine]
     null = (torch.rand(size, generator=g, device=device) < settings.label_dropout)[mine]
-    mirrored = (torch.rand(size, generator=g, device=device) < 0.5 * settings.flip)[mine]
 
     blocks = batch_blocks(size)
     whole = blocks % count > 0  # the shares cut blocks: make all, and take the share
@@ -96,6 +95,7 @@ def training_batch(settings: Settings, examples, scheduler: DDPMScheduler, step:
     batch = examples.batch(rows, t, noise, scheduler)
     x_0, eps, t = batch["x_0"], batch["eps"], batch["t"]
     if settings.flip:
+        mirrored = (torch.rand(size, generator=g, device=device) < 0.5)[mine]
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
     target = {
         "epsilon": lambda: eps,

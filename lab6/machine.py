@@ -103,15 +103,17 @@ def make_generator(seed: int, *stream: int | str, device: str = "cpu") -> torch.
 
 @contextlib.contextmanager
 def global_randomness(device: str, seed: int, *stream: int | str):
-    """Within it torch's global generators, which layers such as dropout use, begin at (seed, *stream); then they go on
-    as if nothing had been."""
+    """Within it torch's global generators, which layers such as dropout use, begin at (seed, *stream); afterwards they
+    are as they were before."""
     gpus = [torch.cuda.current_device()] if device == "cuda" else []
     of_mps = torch.mps.get_rng_state() if device == "mps" else None
-    with torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(make_generator(seed, *stream).initial_seed())
-        yield
-    if of_mps is not None:
-        torch.mps.set_rng_state(of_mps)
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            torch.manual_seed(make_generator(seed, *stream).initial_seed())
+            yield
+    finally:
+        if of_mps is not None:
+            torch.mps.set_rng_state(of_mps)
 
 
 # ── Progress ───────────────────────────────────────────────────────────────────────────────────────────
@@ -124,7 +126,7 @@ def headless() -> bool:
 
 def progress(iterable, description: str, total: int | None = None, lines: bool = False):
     """A progress bar in JupyterLab and terminals; headlessly, with `lines`, a printed line every 20 seconds with the
-    time left, else nothing: most loops have a caller that prints a line an epoch."""
+    time left, else nothing: most loops have a caller that prints a line per epoch."""
     total = len(iterable) if total is None else total
     if not headless():
         yield from tqdm(iterable, description, total, leave=False)

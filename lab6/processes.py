@@ -1,4 +1,4 @@
-"""Training in several processes, one a GPU: how many, started from a notebook, and what each of them does.
+"""Training in several processes, one per GPU: how many, started from a notebook, and what each of them does.
 
 Stands on training, examples, runs, autoencoder, dataset, files, settings and storage.
 """
@@ -61,7 +61,7 @@ def train_in_processes(settings: Settings, processes: int, resume: bool = False)
 
 
 def train_here(settings: Settings, resume: bool = False):
-    """Train as notebook 03 does, in as many processes as torchrun or accelerate started; prints a line an epoch.
+    """Train as notebook 03 does, in as many processes as torchrun or accelerate started; prints a line per epoch.
 
     Raises:
         OSError, ValueError, RuntimeError: no data, a checkpoint of other settings, not enough memory.

@@ -91,7 +91,7 @@ def update_json(path: Path, change, default: dict):
 
 
 def load_history(folder: Path) -> list[dict]:
-    """The records of a run, one an epoch, oldest first; empty where none was trained."""
+    """The records of a run, one per epoch, oldest first; empty where none was trained."""
     file = Path(folder) / "history.json"
     return read_json(file) if file.exists() else []
 

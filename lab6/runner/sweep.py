@@ -99,7 +99,7 @@ def workers_of(client):
 
 
 def how_many(gpus):
-    """How many notebooks to run at a time: one a GPU; without, one a core as far as memory allows 4 GB to each."""
+    """How many notebooks to run at a time: one per GPU; without, one per core as far as memory allows 4 GB to each."""
     import psutil
 
     return gpus or max(1, min(count_cores(), psutil.virtual_memory().available // 4_000_000_000))
