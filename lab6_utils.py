@@ -7,9 +7,11 @@ Everything that is imported here lives in the rooms of the package lab6/, in the
     02  diffusion                        noise schedules, q(x_t | x_0), schedulers and samplers
     03  conditioning, denoiser           how labels enter a U-Net
         autoencoder, distillation        two optional systems: latent diffusion, sampling in few steps
-        examples, training               what a training step sees; loss, EMA, checkpoints that resume exactly
+        objective, optimizers            weights of the loss, learning rate; AdamW and Muon
+        examples, training               what a training step sees; EMA, checkpoints that resume exactly
         processes, runs                  training on several GPUs; what a run leaves on disk
     04  guidance, pipeline, sampling     how labels steer the sampling; labels in, images out
+        layouts                          where objects are to stand
         widgets                          the sliders
     05  evaluators, evaluation           networks that say which objects are in an image; the course's protocol
         evaluator_training, measures     how the evaluators are made; intervals and distances
@@ -39,7 +41,9 @@ import dataclasses
 from diffusers import DDPMScheduler, ModelMixin
 from torch.nn import functional as F
 
-from lab6.labels import SHAPES, COLOURS, OBJECTS, MANUAL_SET, encode_labels, decode_labels, to_float, to_uint8, to_pil
+from lab6.labels import (
+    SHAPES, COLOURS, OBJECTS, MANUAL_SET, encode_labels, encode_places, decode_labels, to_float, to_uint8, to_pil,
+)
 from lab6.files import (
     DataFiles, choose_splits, find_data, read_data, load_renderer, scene_of, held_out_scenes, unseen_sets,
 )
@@ -48,15 +52,19 @@ from lab6.places import FIRST_PLACE, place_of_change, find_places
 from lab6.diffusion import (
     SCHEDULES, alphas_bar, snr, q_sample, to_x_0, make_scheduler, SAMPLERS, NOT_WITH_ZERO_SNR, make_sampler,
 )
-from lab6.conditioning import LinearCondition, MLPCondition, MultiHotCondition, TokenCondition, CONDITIONINGS
+from lab6.conditioning import (
+    LinearCondition, MLPCondition, MultiHotCondition, TokenCondition, LayoutCondition, CONDITIONINGS,
+)
 from lab6.denoiser import Denoiser, make_denoiser, count_flops, describe_denoiser, label_effect, count_parameters
 from lab6.autoencoder import (
     make_autoencoder, encode_images, decode_latents, LatentDataset, AutoencoderEpoch, train_autoencoder,
     load_autoencoder,
 )
 from lab6.distillation import sample_trajectories, Trajectories, load_teacher
+from lab6.optimizers import OPTIMIZERS
 from lab6.examples import open_examples, training_batch
-from lab6.training import Epoch, learning_rate, loss_weights, train
+from lab6.objective import learning_rate, loss_weights, Balance
+from lab6.training import Epoch, train
 from lab6.processes import should_resume, count_processes, train_in_processes
 from lab6.runs import run_folder, load_pipeline
 from lab6.guidance import (
@@ -64,14 +72,15 @@ from lab6.guidance import (
     describe_guidance,
 )
 from lab6.pipeline import ICLEVROutput, ICLEVRPipeline
-from lab6.sampling import sample, sample_seeds, sample_process, samplers_for, count_evaluations
+from lab6.layouts import PLACES, draw_places, gaps
+from lab6.sampling import sample, sample_seeds, sample_process, places_of, samplers_for, count_evaluations
 from lab6.widgets import guidance_explorer
 from lab6.evaluators import Evaluator, count_hits
 from lab6.evaluator_training import prepare_evaluator, prepare_judge, train_evaluator
 from lab6.evaluation import Evaluation, evaluate, GRADES, grade, print_course_result
 from lab6.measures import (
-    bootstrap_intervals, paired_test, frechet_distance, nearest_neighbours, frechet_by_halves, mean_by_group, HUES,
-    object_places, spread_of_places, with_interval,
+    bootstrap_intervals, paired_test, frechet_distance, nearest_neighbours, frechet_by_halves, mean_by_group, lattice,
+    HUES, object_places, placement_errors, spread_of_places, with_interval,
 )
 from lab6.results import result_record, results_table, load_results, results_of_presets, systems_table, save_result
 from lab6.experiments import (

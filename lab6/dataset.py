@@ -48,7 +48,7 @@ class ICLEVRDataset(torch.utils.data.Dataset):
         without: file names to leave out.
 
     Attributes:
-        names: file names; pixels: (N, 3, 64, 64) uint8, memory-mapped; labels: (N, 24).
+        files: where it comes from; names: file names; pixels: (N, 3, 64, 64) uint8, memory-mapped; labels: (N, 24).
     """
 
     def __init__(self, files: DataFiles, split: str = "train", limit: int = 0, runs: Path | None = None, without=()):
@@ -59,7 +59,7 @@ class ICLEVRDataset(torch.utils.data.Dataset):
         keep = [i for i, n in enumerate(names) if split == "all" or (scene_of(n) in held_out) == (split == "held-out")]
         keep = [i for i in keep if names[i] not in without][: limit or None]
         pixels = _load_cache(files, names, (runs or runs_folder()) / "cache")
-        self.split, self.source = split, files.source
+        self.files, self.split, self.source = files, split, files.source
         self.names = [names[i] for i in keep]
         # One contiguous run of scenes stays a view of the file; anything else is gathered once.
         contiguous = bool(keep) and keep == list(range(keep[0], keep[-1] + 1))

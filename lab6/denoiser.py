@@ -58,7 +58,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         prefix = {"none": "", "self": "Attn", "cross": "CrossAttn"}
         shared = dict(
             sample_size=image_size // patch,
-            in_channels=image_channels * patch**2,
+            in_channels=image_channels * patch**2 + self.condition.blob_channels,
             out_channels=image_channels * patch**2,
             block_out_channels=tuple(channels),
             layers_per_block=layers_per_block,
@@ -110,13 +110,15 @@ class Denoiser(ModelMixin, ConfigMixin):
             )
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, null: torch.Tensor | None = None,
-                guidance_scale: torch.Tensor | float = 1.0):  # fmt: skip
+                guidance_scale: torch.Tensor | float = 1.0, places: torch.Tensor | None = None):  # fmt: skip
         """Predict what `prediction` names.
 
         Args:
             x_t: (B, 3, 64, 64); t: (B,) or () integers; labels: (B, 24) multi-hot.
             null: (B,) bool, True where the labels are to be ignored; default nowhere.
             guidance_scale: s of classifier-free guidance, (B,) or one for all; only a distilled network uses it.
+            places: (B, 24, 2) x and y in pixels where each object is to stand, nan where that is open; only a network
+                with conditioning="layout" uses it.
 
         Returns:
             (B, 3, 64, 64)
@@ -129,8 +131,15 @@ class Denoiser(ModelMixin, ConfigMixin):
         elif self.condition.null is None and null.any():
             self.check_null()
         dtype = self.unet.conv_in.weight.dtype  # self.dtype would walk through all modules, half a millisecond
-        pooled, tokens = self.condition(labels.to(dtype), null)
-        x = F.pixel_unshuffle(x_t.to(dtype), self.config.patch).contiguous(memory_format=torch.channels_last)
+        x = F.pixel_unshuffle(x_t.to(dtype), self.config.patch)
+        labels = labels.to(dtype)
+        if self.condition.blob_channels:
+            places = labels.new_full((*labels.shape, 2), torch.nan) if places is None else places
+            pooled, tokens = self.condition(labels, null, places)
+            x = torch.cat([x, self.condition.paint(labels, tokens, places, x.shape[-1])], 1)
+        else:
+            pooled, tokens = self.condition(labels, null)
+        x = x.contiguous(memory_format=torch.channels_last)
         extra = {} if tokens is None else {"encoder_hidden_states": tokens}
         # The other sets of the batch do not see a larger set's slots.
         if self.condition.one_per_object and tokens.shape[1] > 3:

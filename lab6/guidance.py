@@ -34,6 +34,7 @@ class Step:
         denoiser: the network, a `Denoiser`; scheduler: the sampler.
         time, alpha_bar: (), on the CPU, where the host reads them without waiting for a GPU.
         x_t: (B, C, H, W) as the network expects it; labels: (B, 24); scale: s.
+        places: (B, 24, 2) where the objects are to stand, or None.
         objects: the number of objects in the largest label set.
         decode: x_t or x_0 -> images; classifier: an `Evaluator` or None; classifier_input: "x_0" or "x_t".
         gradient: a place for what `predict` finds and `adjust` needs.
@@ -48,6 +49,7 @@ class Step:
     scale: float
     objects: int
     decode: Callable
+    places: torch.Tensor | None = None
     classifier: object = None
     classifier_input: str = "x_0"
     gradient: torch.Tensor | None = None
@@ -57,10 +59,14 @@ class Step:
         """epsilon, v_prediction or sample."""
         return self.scheduler.config.prediction_type
 
-    @property
-    def t(self) -> torch.Tensor:
-        """(B,) the time of every image, where the network is."""
-        return torch.full((len(self.x_t),), self.time.item(), dtype=self.time.dtype, device=self.x_t.device)
+    def predict(self, labels: torch.Tensor, null: torch.Tensor | None, scale: float = 1.0, x_t=None) -> torch.Tensor:
+        """What the network predicts at x_t (or another), in float32, from (k B, 24) labels: for the whole batch k times
+        in one pass. null: (k B,) bool or None; scale: s, for a distilled network."""
+        x_t = self.x_t if x_t is None else x_t
+        k = len(labels) // len(x_t)
+        t = torch.full((len(labels),), self.time.item(), dtype=self.time.dtype, device=x_t.device)
+        told = {} if self.places is None else {"places": self.places.repeat(k, 1, 1)}
+        return self.denoiser(x_t.repeat(k, 1, 1, 1) if k > 1 else x_t, t, labels, null, scale, **told).float()
 
     def null(self, value: bool) -> torch.Tensor | None:
         """(B,) bool: ignore the labels of every image, or of none; None where the network knows no null condition."""
@@ -96,7 +102,7 @@ class Guidance:
 
     def predict(self, step: Step) -> torch.Tensor:
         """The guided prediction, of the shape of x_t."""
-        return step.denoiser(step.x_t, step.t, step.labels, step.null(False)).float()
+        return step.predict(step.labels, step.null(False))
 
     def adjust(self, x_next: torch.Tensor, step: Step) -> torch.Tensor:
         """The state after the sampler's step, moved where the guidance does that."""
@@ -121,12 +127,11 @@ class ClassifierFree(Guidance):
 
     def predict(self, step):
         if step.denoiser.config.student_steps:
-            return step.denoiser(step.x_t, step.t, step.labels, None, step.scale).float()
+            return step.predict(step.labels, None, step.scale)
         if step.scale in (0, 1):
-            return step.denoiser(step.x_t, step.t, step.labels, step.null(step.scale == 0)).float()
+            return step.predict(step.labels, step.null(step.scale == 0))
         null = torch.cat([step.null(True), step.null(False)])
-        twice = step.denoiser(step.x_t.repeat(2, 1, 1, 1), step.t.repeat(2), step.labels.repeat(2, 1), null)
-        uncond, cond = twice.float().chunk(2)
+        uncond, cond = step.predict(step.labels.repeat(2, 1), null).chunk(2)
         return uncond + step.scale * (cond - uncond)
 
 
@@ -148,8 +153,7 @@ class Composition(Guidance):
         single = F.one_hot(index.T, len(OBJECTS)).to(step.labels)  # (count, B, 24)
         labels = torch.cat([step.labels, single.flatten(0, 1)])
         null = torch.cat([step.null(True), step.null(False).repeat(count)])
-        outputs = step.denoiser(step.x_t.repeat(count + 1, 1, 1, 1), step.t.repeat(count + 1), labels, null)
-        uncond, *parts = outputs.float().chunk(count + 1)
+        uncond, *parts = step.predict(labels, null).chunk(count + 1)
         there = present.T.view(count, -1, 1, 1, 1)
         return uncond + step.scale * (there * (torch.stack(parts) - uncond)).sum(0)
 
@@ -164,7 +168,7 @@ class ByClassifier(Guidance):
     def ask(self, step: Step) -> torch.Tensor:
         """The plain prediction; leaves the gradient at x_t in `step`, zero where x_t is noise."""
         x_t = step.x_t.detach().requires_grad_()
-        prediction = step.denoiser(x_t, step.t, step.labels).float()
+        prediction = step.predict(step.labels, None, x_t=x_t)
         if step.classifier_input == "x_0":
             images = step.decode(to_x_0(prediction, x_t, step.alpha_bar, step.prediction_type)).clamp(-1, 1)
         else:

@@ -52,6 +52,40 @@ def encode_labels(label_sets) -> torch.Tensor:
     return labels
 
 
+def encode_places(label_sets, places) -> torch.Tensor:
+    """Places of the objects of label sets, by object, as networks take them.
+
+    Args:
+        label_sets: lists of labels.
+        places: for each label set one (x, y) in pixels of the 64 x 64 image for each label, in their order; None, or
+            nan, where an object may stand anywhere.
+
+    Returns:
+        (B, 24, 2) float32, nan where nothing is said.
+
+    Raises:
+        ValueError: not one place for each label, or one outside the image.
+    """
+    if len(label_sets) != len(places):
+        raise ValueError(f"places of {len(places)} label sets for {len(label_sets)} label sets: give as many")
+    encoded = torch.full((len(label_sets), len(OBJECTS), 2), torch.nan)
+    for row, (names, of_set) in enumerate(zip(label_sets, places, strict=True)):
+        if len(names) != len(of_set):
+            raise ValueError(f"label set {row} has {len(names)} labels and {len(of_set)} places: give one for each, or "
+                             "None where an object may stand anywhere")  # fmt: skip
+        for name, place in zip(names, of_set, strict=True):
+            if place is not None and len(place) != 2:
+                raise ValueError(f"place {tuple(place)} of {name!r} in label set {row}: give x and y")
+            if place is not None:
+                encoded[row, OBJECTS.index(name)] = torch.as_tensor(place, dtype=torch.float32)
+    outside = (encoded < 0) | (encoded > 64)
+    if outside.any():
+        row, index = outside.any(2).nonzero()[0].tolist()
+        raise ValueError(f"place {tuple(encoded[row, index].tolist())} of {OBJECTS[index]!r} in label set {row}: x and "
+                         "y are pixels of the 64 x 64 image, from 0 to 64")  # fmt: skip
+    return encoded
+
+
 def decode_labels(labels: torch.Tensor) -> list[list[str]]:
     """Names of the objects in (B, 24) multi-hot vectors (or one (24,) vector), in the order of OBJECTS."""
     return [[OBJECTS[i] for i in row.nonzero().flatten().tolist()] for row in torch.atleast_2d(labels) > 0.5]

@@ -1,6 +1,6 @@
 """Statistics that know nothing of networks: intervals, paired tests, distances, places of objects.
 
-Stands on files.
+Stands on files and labels.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lab6.files import load_renderer
+from lab6.labels import COLOURS, SHAPES
 
 
 def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 10_000):
@@ -110,9 +111,35 @@ def frechet_by_halves(sampled: torch.Tensor, real: torch.Tensor, scenes, other: 
 
 def mean_by_group(values, groups) -> list[float]:
     """[mean, low, high] of (N,) values, 95% percentile bootstrap; values of one group (a scene) stay together."""
+    return _ratio(np.asarray(values, dtype=float), np.ones(len(groups)), groups)
+
+
+def _ratio(values, totals, groups):
+    """[sum of values / sum of totals, low, high], 95% percentile bootstrap of the groups."""
     number = np.unique(groups, return_inverse=True)[1]
-    sums, counts = np.bincount(number, np.asarray(values, dtype=float)), np.bincount(number)
-    return [round(float(sums.sum() / counts.sum()), 4), *bootstrap_intervals(sums[None], counts)[1]]
+    values, totals = np.bincount(number, values), np.bincount(number, totals)
+    interval = bootstrap_intervals(values[None], totals)[1] or [float("nan")] * 2
+    return [round(float(values.sum() / totals.sum()), 4), *interval]
+
+
+def lattice(images: torch.Tensor, groups) -> list[float]:
+    """How much a grid of single pixels stands out: the power of the gray images at the highest frequency, along rows
+    and along columns, over that at the four frequencies below it. More than in real images means a lattice, less means
+    blur.
+
+    Args:
+        images: (N, 3, 64, 64); groups: (N,) names; images of one group (a scene) stay together.
+
+    Returns:
+        [ratio, low, high], 95% percentile bootstrap of the groups.
+    """
+    gray = images.double().mean(1)
+    size = gray.shape[-1]
+    window = torch.hann_window(size, periodic=False, dtype=gray.dtype)  # or the image's edges would count as grain
+    gray = (gray - gray.mean((1, 2), keepdim=True)) * window[:, None] * window
+    power = torch.fft.fft2(gray).abs().square()
+    along = (power.mean(1) + power.mean(2))[:, size // 2 - 4 : size // 2 + 1]
+    return _ratio(along[:, -1].numpy(), along[:, :-1].mean(1).numpy(), groups)
 
 
 #: Colours whose hue differs from all others and from the ground; yellow only where there is no brown.
@@ -130,6 +157,30 @@ def object_places(images: torch.Tensor, colour: str) -> torch.Tensor:
     at, count = torch.arange(images.shape[-1], dtype=torch.float32), has.sum((1, 2))
     places = torch.stack([has.sum(1) @ at, has.sum(2) @ at], 1) / count[:, None]
     return places.where(count[:, None] >= 5, math.nan)
+
+
+def placement_errors(images: torch.Tensor, labels: torch.Tensor, places: torch.Tensor):
+    """How far from where they were asked to stand objects are found, by their hue (`object_places`).
+
+    Only objects of a colour in HUES that is theirs alone in the label set are looked for. What is found is the middle
+    of what can be seen: an object that is partly hidden is found beside its place.
+
+    Args:
+        images: (N, 3, 64, 64); labels: (N, 24); places: (N, 24, 2), in pixels.
+
+    Returns:
+        (distances in pixels, (M,), nan where none was found; numbers of their images, (M,)).
+    """
+    wanted, of = labels.bool().unflatten(1, (len(SHAPES), len(COLOURS))), []
+    for colour in HUES:
+        column = COLOURS.index(colour)
+        alone = wanted[:, :, column].sum(1) == 1
+        if colour == "yellow":
+            alone &= ~wanted[:, :, COLOURS.index("brown")].any(1)
+        asked = places[torch.arange(len(places)), wanted[:, :, column].int().argmax(1) * len(COLOURS) + column]
+        rows = (alone & asked.isfinite().all(1)).nonzero().flatten()
+        of.append(((object_places(images[rows], colour) + 0.5 - asked[rows]).norm(dim=1), rows))  # pixels have middles
+    return tuple(torch.cat(each) for each in zip(*of, strict=True))
 
 
 def spread_of_places(places: torch.Tensor) -> float:

@@ -79,7 +79,7 @@ class Network(Options):
     head_dim: int = count(32)
     norm_groups: int = count(16)
     scale_shift: bool = option(True)  # adaptive group norm: the embedding scales and shifts, else it is added
-    conditioning: str = option("tokens")  # tokens, multi-hot (these need cross-attention), mlp or linear
+    conditioning: str = option("tokens")  # layout, tokens, multi-hot (these need cross-attention), mlp or linear
     token_dim: int = count(128)  # width of an object's token
 
     def check(self):
@@ -159,28 +159,38 @@ class Data(Options):
     # unseen: no image that shows a set of `unseen_sets`; random: the same number of images fewer, chosen at random
     leave_out: str = option("none", "none", "unseen", "random")
     flip: bool = option(False)  # mirror half of the images
+    # shares of the images with one, two, ... objects among what an epoch shows; (): as they are in the data
+    object_shares: tuple[float, ...] = option((), low=0, high=1)
     rendered_scenes: int = count(300)  # how many to render where there are no course files
+
+    def check(self):
+        if self.object_shares and abs(sum(self.object_shares) - 1) > 1e-6:
+            raise ValueError(f"object_shares={self.object_shares}: shares of images must add up to 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Training(Options):
     """The objective, the optimiser, and whose weights are kept."""
 
-    loss_weighting: str = option("none", "none", "min-snr")  # over the times t
+    loss_weighting: str = option("none", "none", "min-snr", "balanced")  # over the times t
     min_snr_gamma: float = option(5.0, positive=True)
     batch_size: int = count(32)
     epochs: int = count(100, resumable=True)  # it moves the decay of the learning rate, no step before that
+    optimizer: str = option("adamw")  # a key of OPTIMIZERS
     learning_rate: float = option(8e-4, low=0)
+    muon_learning_rate: float = option(1.5e-3, low=0)  # of the matrices that Muon trains; the rest has learning_rate
     weight_decay: float = option(0.01, low=0)
     warmup_steps: int = count(500, low=0)
     decay_fraction: float = option(0.3, low=0, high=1)  # the last part of training; the rate falls to zero in it
     gradient_clip: float = option(1.0, low=0)  # of the norm of all gradients; 0: none
     # share of labels replaced by the null condition; 0: no classifier-free guidance, except for a distilled network
     label_dropout: float = option(0.1, low=0, below=1)
+    place_dropout: float = option(0.12, low=0, high=1)  # share of images whose places, or some of them, are not told
     ema_decay: float = option(0.999, low=0, high=1)
     # the epoch whose weights the pipeline has, the last or the best; every: the last, and copies each keep_every epochs
     keep: str = option("last", "last", "best", "every", resumable=True)
     keep_every: int = count(10, resumable=True)
+    checkpoint_minutes: float = option(5.0, positive=True, resumable=True)  # within an epoch
     torch_compile: bool = option(False, resumable=True)  # compile the network for training, on a GPU
 
 
@@ -195,6 +205,8 @@ class Sampling(Options):
     guidance_interval: tuple[float, float] = option((0.0, 1.0), resumable=True)  # in t / T; 0 is clean
     # what the classifier sees: the x_0 that the network predicts, or x_t
     classifier_input: str = option("x_0", "x_0", "x_t", resumable=True)
+    # where objects stand, for a network that is told: as in training scenes, so that none hides another, or not told
+    places: str = option("natural", "natural", "separated", "none", resumable=True)
     ddpm_images: int = count(4, resumable=True)  # how many images notebook 04 samples with all T ancestral steps
 
     def check(self):
@@ -230,7 +242,7 @@ def check_type(name: str, value, expected):
     if typing.get_origin(expected) is tuple:
         item = typing.get_args(expected)[0]
         fits = isinstance(value, tuple) and all(type(v) is item for v in value)
-        fits = fits and (len(value) > 0 or name == "up_attention")
+        fits = fits and (len(value) > 0 or name in ("up_attention", "object_shares"))
     else:
         fits = type(value) is expected
     if not fits:

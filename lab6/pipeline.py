@@ -1,6 +1,6 @@
 """The pipeline: labels in, images out, in the manner of diffusers. Notebook 04.
 
-Stands on denoiser, autoencoder, guidance, diffusion and labels.
+Stands on denoiser, autoencoder, guidance, layouts, diffusion, machine and labels.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ from lab6.autoencoder import decode_latents
 from lab6.denoiser import Denoiser
 from lab6.diffusion import SAMPLERS, to_x_0
 from lab6.guidance import GUIDANCES, Step, steps_with_guidance
-from lab6.labels import encode_labels, to_pil
+from lab6.labels import decode_labels, encode_labels, encode_places, to_pil
+from lab6.layouts import draw_places
+from lab6.machine import make_generator
 
 
 @dataclasses.dataclass
 class ICLEVROutput(BaseOutput):
-    """What the pipeline returns: images, a list of PIL images or (B, 3, 64, 64) in [-1, 1]. With return_process
+    """What the pipeline returns: images, a list of PIL images or (B, 3, 64, 64) in [-1, 1]; places, (B, 24, 2), where
+    the objects were asked to stand, or None for a network that is not told. With return_process
     also process, x_t before each step and at the end, and guesses, the x_0 that the network predicts from it:
     both (steps + 1, B, 3, 64, 64) on the CPU."""
 
     images: list | torch.Tensor
+    places: torch.Tensor | None = None
     process: torch.Tensor | None = None
     guesses: torch.Tensor | None = None
 
 
 class ICLEVRPipeline(DiffusionPipeline):
-    """Labels in, images out: `pipe(["red sphere", "cyan cube"], guidance_scale=2.0).images[0]`.
+    """Labels in, images out: `pipe(["red sphere", "cyan cube"], places=[(20, 30), (44, 34)]).images[0]`.
 
     Components: denoiser (`Denoiser`), scheduler (any of diffusers' that fits; see `make_sampler`) and, for diffusion
     of latents, autoencoder. Saved and loaded in diffusers' manner, by save_pretrained and from_pretrained. Guidance by
@@ -58,6 +62,7 @@ class ICLEVRPipeline(DiffusionPipeline):
         guidance: str = "classifier-free",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         classifier_input: str = "x_0",
+        places=None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -76,20 +81,25 @@ class ICLEVRPipeline(DiffusionPipeline):
                 steps cost one pass, as without guidance.
             classifier_input: what the classifier sees, "x_0" (as predicted at x_t, with the gradient through the
                 network, in the same pass) or "x_t", which it was not trained on.
+            places: where the objects stand, for a network that is told (conditioning="layout"): an (x, y) in pixels for
+                each label of a set, in their order, or None where an object may stand anywhere; or (B, 24, 2), nan for
+                anywhere; or a way to draw them (see `draw_places`): "natural", the default, "separated" or "none".
             generator: one, or one for each image, which makes an image independent of its batch.
             output_type: "pil" or "pt" ((B, 3, 64, 64) float32 in [-1, 1], on the CPU).
             return_process: also return the states on the way (see `ICLEVROutput`).
             callback_on_step_end: called as f(pipe, step, t, {"x_t": x_t}).
         """
         self._check(num_inference_steps, guidance, guidance_scale, classifier_input, output_type)
-        labels = labels if isinstance(labels, torch.Tensor) else encode_labels(labels)
+        names, labels = labels, labels if isinstance(labels, torch.Tensor) else encode_labels(labels)
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ValueError(f"{len(generator)} generators for {len(labels)} label sets: give one for each")
+        places = self._choose_places(places, names, labels, generator)
         objects, labels = int(labels.sum(1).max()), labels.to(self.device)
         self.scheduler.set_timesteps(num_inference_steps)  # on the CPU, where the host reads them without waiting
         given = dict(denoiser=self.denoiser, scheduler=self.scheduler, labels=labels, scale=guidance_scale,
                      objects=objects, decode=self._decode, classifier=self.classifier,
-                     classifier_input=classifier_input)  # fmt: skip
+                     classifier_input=classifier_input,
+                     places=None if places is None else places.to(self.device))  # fmt: skip
         process, guesses = [], []
         with self.denoiser.expecting(objects):
             for i, (step, prediction, x_t) in enumerate(self._steps(guidance, guidance_interval, generator, given)):
@@ -101,7 +111,7 @@ class ICLEVRPipeline(DiffusionPipeline):
                     callback_on_step_end(self, i, step.time, {"x_t": x_t})
         images = self._decode(x_t).clamp(-1, 1).float().cpu()
         states = [torch.stack([*s, images]) for s in (process, guesses)] if return_process else [None, None]
-        output = ICLEVROutput(to_pil(images) if output_type == "pil" else images, *states)
+        output = ICLEVROutput(to_pil(images) if output_type == "pil" else images, places, *states)
         return output if return_dict else output.to_tuple()
 
     def _steps(self, guidance, interval, generator, given):
@@ -136,6 +146,27 @@ class ICLEVRPipeline(DiffusionPipeline):
             raise ValueError(f"guidance={guidance!r}: a distilled network can be guided by {', '.join(self.guidances)}")
 
     @property
+    def takes_places(self) -> bool:
+        """Is its network told where the objects stand?"""
+        return self.denoiser.condition.blob_channels > 0
+
+    def _choose_places(self, places, names, labels, generator):
+        """(B, 24, 2) on the CPU, or None for a network that is not told."""
+        if not self.takes_places:
+            if places not in (None, "none"):
+                raise ValueError('this network is not told where objects stand: use places=None, or preset="layout"')
+            return None
+        if isinstance(places, torch.Tensor):
+            if places.shape != (*labels.shape, 2):
+                raise ValueError(f"places of shape {tuple(places.shape)}: expected {(*labels.shape, 2)}")
+            return places.float().cpu()
+        if places is None or isinstance(places, str):
+            return draw_places(labels, places or "natural", self.denoiser.condition.layouts, _for_places(generator))
+        names = names if isinstance(names, list | tuple) else decode_labels(labels)
+        single = isinstance(names[0], str)
+        return encode_places([names] if single else names, [places] if single else places)
+
+    @property
     def guidances(self) -> tuple[str, ...]:
         """Those of GUIDANCES that fit its network."""
         has_null, distilled = self.denoiser.condition.null is not None, self.denoiser.config.student_steps > 0
@@ -154,3 +185,12 @@ class ICLEVRPipeline(DiffusionPipeline):
         if t.is_floating_point():
             return 1 / (1 + self.scheduler.sigmas[i] ** 2)
         return self.scheduler.alphas_cumprod[t]
+
+
+def _for_places(generator):
+    """Generators for drawing places, so that an image's own generator gives the same noise however places are chosen.
+    One for all images, which may serve several calls, is asked for a seed."""
+    if isinstance(generator, list):
+        return [make_generator(each.initial_seed(), "places") for each in generator]
+    device = generator.device if generator is not None else "cpu"
+    return make_generator(torch.randint(2**62, (), generator=generator, device=device).item(), "places")

@@ -17,7 +17,7 @@ from lab6.machine import commit, device_name
 from lab6.measures import with_interval
 from lab6.pipeline import ICLEVRPipeline
 from lab6.presets import PRESETS, REPORTED
-from lab6.sampling import count_evaluations
+from lab6.sampling import count_evaluations, places_of
 from lab6.settings import Settings, make_settings
 from lab6.storage import ROOT, read_json, update_json
 
@@ -39,6 +39,7 @@ def result_record(settings: Settings, pipe: ICLEVRPipeline | None, split: str, s
         "steps": settings.steps if sampled else None,
         "evaluations": count_evaluations(settings, score.labels, distilled) if sampled else None,
         "guidance": guidance_record(settings) if sampled else {"kind": "none", "scale": None},
+        "places": places_of(pipe, settings) if sampled else None,
         "seeds": len(score.probabilities) if sampled else None,
         **score.metrics(),
         "seconds_per_64": seconds_per_64 and round(seconds_per_64, 2),
@@ -53,6 +54,7 @@ def results_table(rows: list[dict]) -> str:
     for r in rows:
         spans = ["–" if r[k] is None else "{:.3f} to {:.3f}".format(*r[k]) for k in ("ci95_seeds", "ci95_sets")]
         how = f"{r['sampler']}, {r['steps']} steps" if r["sampler"] else "–"
+        how += f", {r['places']} places" if r.get("places") not in (None, "none") else ""
         how = f"{r['system']}: {how}" if several and r["sampler"] else how
         guidance = describe_guidance(**r["guidance"]) if r["sampler"] else "–"
         lines.append([r["split"], f"**{r['accuracy']:.4f}**", *spans, how, guidance, r["seeds"] or "–", r["evaluator"]])
@@ -71,16 +73,18 @@ def load_results(settings: Settings, kind: str = "results") -> list[dict]:
     files = [folder / "results.json" for folder in reversed(folders)]
     last = {}
     for row in (row for file in files if file.exists() for row in read_json(file).get(kind, [])):
-        key = json.dumps([row.get(name) for name in _same_measurement(kind)])
+        key = json.dumps(_key(row, kind))
         last.pop(key, None)  # so that it goes to the end
         last[key] = row
     return list(last.values())
 
 
-def _same_measurement(kind):
-    """The keys by which two rows of results.json are the same measurement."""
+def _key(row, kind):
+    """What makes two rows of results.json the same measurement. Rows of earlier versions do not say that their network
+    was told no places."""
     what = "weights_sha256" if kind == "results" else "experiment"
-    return (what, "system", "data", "split", "evaluator_sha256", "sampler", "steps", "guidance", "seeds")
+    names = (what, "system", "data", "split", "evaluator_sha256", "sampler", "steps", "guidance", "seeds")
+    return [*map(row.get, names), row.get("places") or "none"]
 
 
 def results_of_presets(settings: Settings, kind: str) -> list[dict]:
@@ -96,6 +100,7 @@ def results_of_presets(settings: Settings, kind: str) -> list[dict]:
         if kind == "trainings":
             return here.channels == whole.channels
         alike = (row["sampler"], row["steps"], row["guidance"]) == (here.sampler, here.steps, guidance_record(here))
+        alike &= row.get("places") in (None, "none", here.places)
         return alike and chosen["profile"] == whole_profile
 
     return list(filter(unchanged, load_results(settings, kind)))
@@ -136,8 +141,7 @@ def save_result(settings: Settings, record: dict, kind: str = "results"):
     record = record | {"device": device_name(settings), "commit": commit()}
 
     def add(content):
-        same = _same_measurement(kind)
-        rows = [r for r in content.get(kind, []) if any(r.get(name) != record.get(name) for name in same)]
+        rows = [r for r in content.get(kind, []) if _key(r, kind) != _key(record, kind)]
         return content | {kind: [*rows, record]}
 
     update_json(settings.figures / "results.json", add, {"schema": 1, "results": []})

@@ -26,7 +26,8 @@ def sample(pipe: ICLEVRPipeline, label_sets, settings: Settings, seed: int = 0, 
     """Images of `label_sets`: (B, 3, 64, 64) in [-1, 1]; the same seed gives image i the same noise.
 
     Args:
-        overrides: arguments of the pipeline, in place of `settings`' steps and guidance.
+        overrides: arguments of the pipeline, in place of `settings`' steps, guidance and places; `places` also as
+            (B, 24, 2), those of each label set.
     """
     return _sample_seeds(pipe, label_sets, settings, [seed], overrides)[0]
 
@@ -94,8 +95,10 @@ def _sample_seeds(pipe, label_sets, settings, seeds, overrides):
     batch. A GPU takes all seeds together, in batches as large as its memory allows; on a CPU each seed has batches of
     its own, for the same bits as when it is sampled alone."""
     labels = label_sets if isinstance(label_sets, torch.Tensor) else encode_labels(label_sets)
-    names = ("guidance", "guidance_scale", "guidance_interval", "classifier_input")
-    options = {name: getattr(settings, name) for name in names} | dict(num_inference_steps=settings.steps) | overrides
+    names = ("guidance", "guidance_scale", "guidance_interval", "classifier_input", "places")
+    options = {name: getattr(settings, name) for name in names} | dict(num_inference_steps=settings.steps)
+    options |= dict(places=places_of(pipe, settings)) | overrides
+    places = options.pop("places")
     together = [seeds] if settings.device == "cuda" else [[seed] for seed in seeds]
     groups = [[(seed, i) for seed in group for i in range(len(labels))] for group in together]
     pipe.set_progress_bar_config(disable=True)
@@ -103,9 +106,10 @@ def _sample_seeds(pipe, label_sets, settings, seeds, overrides):
     def in_batches(batch_size):
         images, parts = [], [g[i : i + batch_size] for g in groups for i in range(0, len(g), batch_size)]
         for part in progress(parts, "sampling", lines=True) if len(parts) > 1 else parts:  # no bar for a slider's move
-            generators = [make_generator(seed, i) for seed, i in part]
+            generators, rows = [make_generator(seed, i) for seed, i in part], [i for _, i in part]
+            given = places[rows] if isinstance(places, torch.Tensor) else places
             with autocast(settings):
-                batch = pipe(labels[[i for _, i in part]], generator=generators, output_type="pt", **options)
+                batch = pipe(labels[rows], places=given, generator=generators, output_type="pt", **options)
             images.append(batch.images)
         return torch.cat(images).unflatten(0, (len(seeds), len(labels)))
 
@@ -124,8 +128,15 @@ def sample_process(pipe: ICLEVRPipeline, label_set, settings: Settings, seed: in
     """One image on its way: (x_t, guesses of x_0), each (steps + 1, 3, 64, 64), noise first, image last."""
     with autocast(settings):
         output = pipe(label_set, settings.steps, settings.guidance_scale, settings.guidance, settings.guidance_interval,
-                      settings.classifier_input, make_generator(seed, 0), return_process=True)  # fmt: skip
+                      settings.classifier_input, places_of(pipe, settings), [make_generator(seed, 0)],
+                      return_process=True)  # fmt: skip
     return output.process[:, 0], output.guesses[:, 0]
+
+
+def places_of(pipe: ICLEVRPipeline, settings: Settings) -> str:
+    """How `pipe` is told where objects stand, as results and captions say it: `settings.places`, or "none" where its
+    network is not told."""
+    return settings.places if pipe.takes_places else "none"
 
 
 def samplers_for(pipe: ICLEVRPipeline, settings: Settings) -> list[str]:

@@ -1,7 +1,7 @@
 """One frozen record of all settings, made from a profile, a preset and overrides.
 
 Joins the groups of options, checks choices from registries and rules across groups. Stands on guidance, conditioning,
-diffusion, machine, presets, options and storage.
+diffusion, machine, optimizers, presets, options and storage.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from lab6.conditioning import CONDITIONINGS
 from lab6.diffusion import NOT_WITH_ZERO_SNR, SAMPLERS, SCHEDULES
 from lab6.guidance import GUIDANCES, guidance_kind
 from lab6.machine import computes_bf16, find_device, has_cuda
+from lab6.optimizers import OPTIMIZERS
 from lab6.options import Data, Run, Sampling, Scoring, System, Training, option_types
 from lab6.presets import PRESETS, PROFILES, fill
 from lab6.storage import ROOT, folder_named_by, runs_folder
@@ -22,7 +23,7 @@ from lab6.storage import ROOT, folder_named_by, runs_folder
 #: Options whose values come from a registry: what is entered there can be chosen at once.
 REGISTRIES = {
     "profile": PROFILES, "preset": PRESETS, "conditioning": CONDITIONINGS, "schedule": SCHEDULES, "sampler": SAMPLERS,
-    "guidance": GUIDANCES,
+    "guidance": GUIDANCES, "optimizer": OPTIMIZERS,
 }  # fmt: skip
 
 

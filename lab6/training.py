@@ -1,7 +1,7 @@
 """The training loop: loss, EMA, checkpoints that resume exactly. Notebook 03.
 
 Training knows its examples only by their method `batch` (see examples.py). Stands on examples, runs, pipeline,
-denoiser, dataset, settings, diffusion, machine and storage.
+denoiser, objective, optimizers, dataset, settings, diffusion, machine and storage.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import torch
 
 from lab6.dataset import ICLEVRDataset, data_facts
 from lab6.denoiser import make_denoiser
-from lab6.diffusion import make_scheduler, snr
+from lab6.diffusion import make_scheduler
 from lab6.examples import open_examples, training_batch
 from lab6.machine import autocast, format_seconds, global_randomness, progress, time_left
+from lab6.objective import Balance, learning_rate, loss_weights, rate_factor
+from lab6.optimizers import OPTIMIZERS
 from lab6.pipeline import ICLEVRPipeline
 from lab6.runs import read_checkpoint
 from lab6.settings import Settings
@@ -46,53 +48,44 @@ class Epoch:
         )
 
 
-def learning_rate(settings: Settings, step: int, total_steps: int) -> float:
-    """Linear warm-up, then constant, then linear to zero over the last `decay_fraction` of training.
-
-    While it is constant it does not depend on the length of the training, so a run can be prolonged.
-    """
-    up = min(1.0, (step + 1) / max(1, settings.warmup_steps))
-    down = min(1.0, (total_steps - step) / max(1.0, settings.decay_fraction * total_steps))
-    return settings.learning_rate * up * (down if settings.decay_fraction else 1.0)
-
-
-def loss_weights(settings: Settings, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """How much the squared error of the prediction counts at each t, (T,): ones, or min-SNR (Hang et al. 2023).
-
-    min-SNR weighs the error of x_0 by min(SNR, gamma). The error of eps is SNR times it, that of v SNR + 1 times.
-    """
-    if settings.loss_weighting == "none":
-        return torch.ones_like(alpha_bar)
-    ratio = snr(alpha_bar)
-    by = {"epsilon": ratio, "v_prediction": ratio + 1, "sample": torch.ones_like(ratio)}[settings.prediction]
-    return ratio.clamp(max=settings.min_snr_gamma) / by
-
-
 class TrainingState:
-    """All that changes during a training: network, its average (EMA), optimiser and history.
+    """All that changes during a training: network, its average (EMA), optimiser, weights of the loss, history, and how
+    far the epoch is that is going on.
 
     One list says what a checkpoint holds besides the history; it drives both saving and loading.
     """
 
-    KEPT = ("model", "ema", "optimizer")
+    KEPT = ("model", "ema", "optimizer", "balance")
 
     def __init__(self, settings: Settings, examples, saved: dict | None):
         from diffusers.training_utils import EMAModel
 
         self.model = make_denoiser(settings)
         examples.prepare(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), settings.learning_rate,
-                                           weight_decay=settings.weight_decay,
-                                           fused=settings.device != "mps")  # fmt: skip
+        if examples.layouts is not None:
+            self.model.condition.remember(examples.layouts)
+        self.optimizer = OPTIMIZERS[settings.optimizer](settings, self.model)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.ema = EMAModel(self.model.parameters(), settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        self.balance = Balance(settings.num_train_timesteps, settings.device)
+        # What of the epoch is done: its steps, the sum of their losses, and the seconds they took.
+        self.part = {"steps": 0, "losses": 0.0, "seconds": 0.0}
         self.history = saved["history"] if saved else []
         for name in self.KEPT if saved else ():
-            getattr(self, name).load_state_dict(saved[name])
+            if name in saved:  # checkpoints of earlier versions have no balance
+                getattr(self, name).load_state_dict(saved[name])
+        self.part |= saved.get("part", {}) if saved else {}
         self.ema.to(settings.device)
 
     def state_dict(self) -> dict:
         """What a checkpoint holds of it."""
-        return {name: getattr(self, name).state_dict() for name in self.KEPT} | {"history": self.history}
+        kept = {name: getattr(self, name).state_dict() for name in self.KEPT}
+        return kept | {"history": self.history, "part": self.part}
+
+    def set_rates(self, factor: float):
+        """Let each group of parameters learn at its own rate times this."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
 
     def averaged(self):
         """A frozen copy of the network with the averaged weights (its buffers are copied as they are)."""
@@ -104,8 +97,9 @@ class TrainingState:
 def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool = True):
     """Train `settings`' denoiser on `dataset`; a generator that yields an `Epoch` after each epoch.
 
-    Each epoch is checkpointed in `folder` (checkpoint.pt, history.json, TensorBoard's events), and a later call with
-    the same folder continues where it stopped, bit for bit on one CPU. `epochs` may be changed in between.
+    Each epoch is checkpointed in `folder` (checkpoint.pt, history.json, TensorBoard's events), long ones every
+    `checkpoint_minutes`, and a later call with the same folder continues there, bit for bit on one CPU. `epochs` may be
+    changed in between.
     `folder`/pipeline holds the pipeline with the EMA weights: at the end those of the last epoch, or, with keep="best",
     those of the epoch with the least loss so far; keep="every" also leaves `folder`/epochs/NNNN.
 
@@ -142,19 +136,21 @@ def _train(settings, dataset, folder, resume, accelerator):
     if settings.torch_compile:
         print("progress: compiling the network, which takes a minute or more", flush=True)
         network = torch.compile(network)
-    loss_at = _loss(settings, network, examples, scheduler, part)
+    loss_at = _loss(settings, network, examples, scheduler, part, state.balance, accelerator.gather)
+    keep = _keeper(settings, state, data, folder, accelerator.is_main_process)
     start = time.perf_counter()
     with _open_writer(folder, done * steps, accelerator.is_main_process) as writer:
         for epoch in range(done, settings.epochs):
             with state.model.expecting(int(dataset.labels.sum(1).max())):
-                loss, seconds = _one_epoch(settings, state, network, loss_at, epoch, steps, accelerator)
+                loss, seconds = _one_epoch(settings, state, network, loss_at, epoch, steps, accelerator, keep)
             left = time_left(start, epoch + 1 - done, settings.epochs - done)
             record = _record(settings, epoch, steps, size, loss, seconds, left)
             state.history = [*state.history, record]
             pipeline = ICLEVRPipeline(state.averaged(), make_scheduler(settings), examples.autoencoder)
             if accelerator.is_main_process:
                 _log(writer, record)
-                _keep(settings, state, pipeline, data, folder)
+                _keep_pipeline(settings, state, pipeline, folder)
+            keep()
             yield Epoch(**record, pipeline=pipeline)
 
 
@@ -169,39 +165,49 @@ def _check_processes(done, size, processes, folder):
         raise ValueError(f"the processes find different checkpoints in {folder}: it must be a folder that they share")
 
 
-def _loss(settings, network, examples, scheduler, part):
+def _loss(settings, network, examples, scheduler, part, balance, gather):
     """The loss as a function of the training step."""
-    weights = loss_weights(settings, scheduler.alphas_cumprod).to(settings.device)
+    fixed = loss_weights(settings, scheduler.alphas_cumprod).to(settings.device)
 
     def loss_at(step):
         batch = training_batch(settings, examples, scheduler, step, part)
-        null = batch["null"] if settings.label_dropout else None
+        null, t = batch["null"] if settings.label_dropout else None, batch["t"]
         # Dropout layers have masks of their own in each process.
         with autocast(settings), global_randomness(settings.device, settings.seed, "dropout", step, part[0]):
-            prediction = network(batch["x_t"], batch["t"], batch["labels"], null, batch["scale"])
+            prediction = network(batch["x_t"], t, batch["labels"], null, batch["scale"], batch["places"])
         errors = (prediction.float() - batch["target"]).pow(2).mean((1, 2, 3))
-        return (weights[batch["t"]] * errors).mean()
+        if settings.loss_weighting != "balanced":
+            return (fixed[t] * errors).mean()
+        weights = balance.weights(t)
+        balance.learn(gather(t), gather(errors.detach()))
+        return (weights * errors).mean()
 
     return loss_at
 
 
-def _one_epoch(settings, state, network, loss_at, epoch, steps, accelerator):
-    """Train for one epoch; returns the mean loss over all processes, and the seconds it took."""
-    losses, start, total = torch.zeros((), device=settings.device), time.perf_counter(), steps * settings.epochs
+def _one_epoch(settings, state, network, loss_at, epoch, steps, accelerator, keep):
+    """Train for one epoch, or the rest of one; returns the mean loss over all processes, and the seconds it took."""
+    done, before, start = state.part["steps"], state.part["seconds"], time.perf_counter()
+    losses = torch.full((), state.part["losses"], device=settings.device)
     network.train()
-    for step in progress(range(epoch * steps, (epoch + 1) * steps), f"epoch {epoch + 1}/{settings.epochs}"):
+    kept = start
+    for step in progress(range(epoch * steps + done, (epoch + 1) * steps), f"epoch {epoch + 1}/{settings.epochs}"):
         loss = loss_at(step)
         accelerator.backward(loss)
         if settings.gradient_clip:
             accelerator.clip_grad_norm_(network.parameters(), settings.gradient_clip)
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, total)
+        state.set_rates(rate_factor(settings, step, steps * settings.epochs))
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.ema.step(state.model.parameters())
         losses += loss.detach()  # no .item(): the host would wait for the device at every step
+        if (now := time.perf_counter()) - kept > 60 * settings.checkpoint_minutes:
+            kept = now
+            state.part = dict(steps=step + 1 - epoch * steps, losses=losses.item(), seconds=before + now - start)
+            keep()
+    state.part = dict(steps=0, losses=0.0, seconds=0.0)
     loss = accelerator.reduce(losses, "mean").item() / steps  # here the host waits for the device, once an epoch
-    return loss, time.perf_counter() - start
+    return loss, before + time.perf_counter() - start
 
 
 def _record(settings, epoch, steps, size, loss, seconds, left):
@@ -232,9 +238,9 @@ def _log(writer, record):
     writer.flush()
 
 
-def _keep(settings, state, pipeline, data, folder):
-    """Save what an epoch leaves: a pipeline where it is time for one, then the checkpoint. If the run is stopped in
-    between, the epoch is done again."""
+def _keep_pipeline(settings, state, pipeline, folder):
+    """Save the pipeline that an epoch leaves, where it is time for one. The checkpoint follows: if the run is stopped
+    in between, the epoch is done again."""
     epoch, losses = len(state.history), [past["loss"] for past in state.history]
     last = epoch == settings.epochs
     wanted = losses[-1] == min(losses) if settings.keep == "best" else last
@@ -243,6 +249,15 @@ def _keep(settings, state, pipeline, data, folder):
         save_with_history(pipeline, folder / "pipeline", state.history)
     if settings.keep == "every" and epoch % settings.keep_every == 0:
         save_with_history(pipeline, folder / "epochs" / f"{epoch:04d}", state.history)
-    saved = state.state_dict() | dict(settings=dataclasses.asdict(settings), data=data)
-    write_whole(folder / "checkpoint.pt", lambda temporary: torch.save(saved, temporary))
-    write_json(folder / "history.json", state.history)
+
+
+def _keeper(settings, state, data, folder, main):
+    """A function that saves the checkpoint, in the main process."""
+
+    def keep():
+        if main:
+            saved = state.state_dict() | dict(settings=dataclasses.asdict(settings), data=data)
+            write_whole(folder / "checkpoint.pt", lambda temporary: torch.save(saved, temporary))
+            write_json(folder / "history.json", state.history)
+
+    return keep

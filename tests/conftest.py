@@ -33,8 +33,8 @@ HELD_OUT_SCENES = range(5500, 5510)
 #: What DESIGN.md asks of each record in results.json.
 RESULT_FIELDS = {
     "system", "weights_sha256", "data", "images_seen", "split", "evaluator", "sampler", "steps", "evaluations",
-    "guidance", "seeds", "accuracy", "ci95_seeds", "ci95_sets", "accuracy_per_image", "accuracy_24", "exact_match",
-    "f1", "seconds_per_64", "device", "commit",
+    "guidance", "places", "seeds", "accuracy", "ci95_seeds", "ci95_sets", "accuracy_per_image", "accuracy_24",
+    "exact_match", "f1", "seconds_per_64", "device", "commit",
 }  # fmt: skip
 
 
@@ -290,7 +290,7 @@ def calls(pipe):
     seen = []
 
     def note(module, arguments):
-        x_t, _, labels, null = arguments
+        x_t, _, labels, null, *_ = arguments
         seen.append((len(x_t), null, labels))
 
     hook = pipe.denoiser.register_forward_pre_hook(note)

@@ -7,6 +7,12 @@ from conftest import assert_same, batches, part_of, tiny
 import lab6_utils as lab
 
 
+def joined(parts):
+    """The shares of all processes together; None where there is nothing."""
+    parts = list(parts)
+    return None if parts[0] is None else torch.cat(parts)
+
+
 def test_time_steps_span_the_whole_range(small):
     corner = part_of(small, 40)
     corner.pixels = corner.pixels[:, :, :2, :2]  # less noise to draw
@@ -70,7 +76,7 @@ def test_shares_may_cut_blocks(small, count):
     examples, scheduler = lab.open_examples(settings, small, None), lab.make_scheduler(settings)
     whole = lab.training_batch(settings, examples, scheduler, 0)
     parts = [lab.training_batch(settings, examples, scheduler, 0, (rank, count)) for rank in range(count)]
-    assert_same(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})
+    assert_same(whole, {name: joined(part[name] for part in parts) for name in whole})
 
 
 def test_a_batch_depends_on_seed_and_step_alone(small):
@@ -93,4 +99,58 @@ def test_processes_share_one_batch(small):
     whole = lab.training_batch(settings, examples, scheduler, 2)
     for count in (2, 4, 8):  # eight blocks
         parts = [lab.training_batch(settings, examples, scheduler, 2, (rank, count)) for rank in range(count)]
-        assert_same(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})
+        assert_same(whole, {name: joined(part[name] for part in parts) for name in whole})
+
+
+def placed(scenes, monkeypatch, **overrides):
+    """Batches of what a network that is told of places sees of rendered or real scenes, with the dataset."""
+    monkeypatch.setenv("LAB6_DATA", str(scenes))
+    settings = tiny(preset="layout", **dict(batch_size=30, max_images=90) | overrides)
+    dataset = lab.training_set(settings, lab.find_data())
+    return batches(settings, dataset, len(dataset) // 30), dataset
+
+
+def test_a_share_of_the_images_shows_more_objects(scenes, monkeypatch):
+    for shares in ((0.2, 0.3, 0.5), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)):
+        found, _ = placed(scenes, monkeypatch, object_shares=shares)
+        objects = torch.cat([b["labels"].sum(1) for b in found])
+        counts = [(objects == n).sum().item() for n in (1, 2, 3)]
+        assert counts == pytest.approx([share * 90 for share in shares], abs=1)
+
+
+def test_places_go_with_their_images(scenes, monkeypatch):
+    found, dataset = placed(scenes, monkeypatch, place_dropout=0.0, object_shares=())
+    files = dataset.files
+    names = [files.train[name] for name in dataset.names]
+    true = [p[: len(n)].tolist() for n, p in zip(names, lab.find_places(files, dataset), strict=True)]
+    true = lab.encode_places(names, true)
+    for batch in found:
+        assert (batch["places"].isfinite().all(2) == batch["labels"].bool()).all()
+        for image, labels, told in zip(batch["x_0"], batch["labels"], batch["places"], strict=True):
+            row = next(i for i in range(90) if torch.equal(lab.to_float(dataset.pixels[i]), image)
+                       and torch.equal(dataset.labels[i], labels))  # fmt: skip
+            assert (told - true[row]).nan_to_num().abs().max() < 3, "half a pixel to and fro"
+
+
+def test_some_places_are_left_out(scenes, monkeypatch):
+    known = {}
+    for rate in (0.0, 0.5, 1.0):
+        found, _ = placed(scenes, monkeypatch, place_dropout=rate)
+        told, asked = (torch.cat([b[name] for b in found]) for name in ("places", "labels"))
+        told, asked = told.isfinite().all(2).sum(1), asked.sum(1)
+        known[rate] = [(told == asked).float().mean(), (told == 0).float().mean()]
+    assert known[0.0][0] == 1 and known[0.0][1] == 0
+    assert 0.3 < known[0.5][0] < 0.8
+    assert known[1.0][0] < 0.3 and 0.4 < known[1.0][1] < 0.95, "of some images a part is known"
+
+
+def test_a_mirrored_image_has_mirrored_places(scenes, monkeypatch):
+    found, _ = placed(scenes, monkeypatch, place_dropout=0.0, flip=True)
+    straight, _ = placed(scenes, monkeypatch, place_dropout=0.0, flip=False)
+    mirrored = 0
+    for a, b in zip(found, straight, strict=True):
+        turned = (a["x_0"] - b["x_0"]).abs().amax((1, 2, 3)) > 0
+        expected = torch.where(turned[:, None], 64 - b["places"][..., 0], b["places"][..., 0])
+        torch.testing.assert_close(a["places"][..., 0], expected, equal_nan=True)
+        mirrored += turned.sum().item()
+    assert 20 < mirrored < 70

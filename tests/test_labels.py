@@ -63,3 +63,25 @@ def test_pil_conversion_by_hand():
     image = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 4)
     (picture,) = lab.to_pil(image)
     assert picture.size == (4, 2) and picture.getpixel((3, 1)) == (0, 128, 255)
+
+
+def test_places_by_object():
+    places = lab.encode_places([["cyan cube", "red sphere"], ["gray cube"]], [[(1, 2), None], [(64, 0)]])
+    assert places.shape == (2, 24, 2)
+    assert places[0, lab.OBJECTS.index("cyan cube")].tolist() == [1, 2] and places[1, 0].tolist() == [64, 0]
+    assert places.isfinite().sum() == 4, "nan where nothing is said"
+
+
+@pytest.mark.parametrize(
+    "places, words",
+    [
+        ([[(1, 2)]], "label set 0 has 2 labels and 1 places"),
+        ([[(1, 2), (3, 4)]] * 2, "places of 2 label sets for 1 label sets"),
+        ([[(1, 2), (3, 65)]], "place (3.0, 65.0) of 'red sphere' in label set 0: x and y are pixels"),
+        ([[(1, 2), (1, 2, 3)]], "place (1, 2, 3) of 'red sphere' in label set 0: give x and y"),
+    ],
+)
+def test_places_that_cannot_be(places, words):
+    with pytest.raises(ValueError) as error:
+        lab.encode_places([["cyan cube", "red sphere"]], places)
+    assert words in str(error.value)

@@ -126,3 +126,43 @@ def test_the_nearest_picture():
     known = torch.rand(300, 3, 8, generator=lab.make_generator(0)).flatten(1)
     distance, index = lab.nearest_neighbours(known[[7, 290]] + 0.1, known)
     assert index.tolist() == [7, 290] and distance.tolist() == pytest.approx([0.1, 0.1], abs=1e-5)
+
+
+def test_a_lattice_and_blur_are_seen():
+    rng, groups = lab.make_generator(0), np.arange(24) // 2
+    grain = torch.randn(24, 3, 64, 64, generator=rng) * 0.1
+    board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 - 0.5
+    stripes = (torch.arange(64) % 2 - 0.5).expand(64, 64)
+    even, low, high = lab.lattice(grain, groups)
+    assert 0.9 < low < even < high < 1.1, "white noise has as much power at each frequency"
+    assert lab.lattice(grain + 0.05 * board, groups)[1] > high and lab.lattice(grain + 0.05 * stripes, groups)[1] > high
+    smooth = torch.nn.functional.avg_pool2d(grain, 2, 1, padding=1)[:, :, :64, :64]
+    assert lab.lattice(smooth, groups)[2] < low
+
+
+def test_placement_errors_by_hand():
+    sets = [["red cube", "cyan sphere"], ["red cube", "red sphere"], ["yellow cube", "brown cube"], ["gray cube"]]
+    labels = lab.encode_labels(sets)
+    images = torch.zeros(4, 3, 64, 64)
+    for i, (x, y) in enumerate([(10, 20), (40, 50)]):
+        colour = torch.tensor(lab.load_renderer().COLOURS[("red", "cyan")[i]]) / 127.5 - 1
+        images[0, :, y : y + 8, x : x + 8] = colour[:, None, None]
+    asked = [[(14, 24), (47, 58)], [(1, 1), (2, 2)], [(1, 1), (2, 2)], [(3, 3)]]
+    distances, rows = lab.placement_errors(images, labels, lab.encode_places(sets, asked))
+    assert rows.tolist() == [0, 0], "no colour twice, no yellow beside brown, no gray"
+    assert distances.tolist() == pytest.approx([0, 5], abs=0.01)
+    nothing, _ = lab.placement_errors(torch.zeros_like(images), labels, lab.encode_places(sets, asked))
+    assert nothing.isnan().all()
+    unasked, _ = lab.placement_errors(images, labels, torch.full((4, 24, 2), torch.nan))
+    assert len(unasked) == 0
+
+
+def test_objects_of_scenes_stand_where_they_were_found(scenes, monkeypatch):
+    monkeypatch.setenv("LAB6_DATA", str(scenes))
+    files = lab.find_data()
+    dataset = lab.ICLEVRDataset(files, "all", limit=150)
+    names = [files.train[name] for name in dataset.names]
+    found = [p[: len(n)].tolist() for n, p in zip(names, lab.find_places(files, dataset), strict=True)]
+    places = lab.encode_places(names, found)
+    errors, _ = lab.placement_errors(lab.to_float(dataset.pixels), dataset.labels, places)
+    assert len(errors) > 60 and errors.nanmedian() < 1 and errors.isnan().float().mean() < 0.02

@@ -156,3 +156,75 @@ def test_heun_guesses_right_between_the_steps_of_training(pipe, steps):
     exact.__dict__["denoiser"] = Oracle(pipe.denoiser, scheduler, 0.25)
     guesses = exact(["red cube"], steps, output_type="pt", return_process=True).guesses
     torch.testing.assert_close(guesses, torch.full_like(guesses, 0.25), rtol=0, atol=0.02)
+
+
+@pytest.fixture(scope="module")
+def told():
+    """An untrained pipeline whose network is told where objects stand."""
+    pipe = make_pipeline(tiny(preset="layout"))
+    layouts = [[[32.0, 28], [10 + i, 26], [54, 40 + i]] for i in range(8)]
+    pipe.denoiser.condition.remember(torch.tensor(layouts))
+    return pipe
+
+
+def call(pipe, labels, **options):
+    count = 1 if isinstance(labels[0], str) else len(labels)
+    return pipe(labels, 2, generator=generators(count), output_type="pt", **options)
+
+
+def test_places_are_drawn_or_given(told):
+    names = ["red sphere", "cyan cube"]
+    given = call(told, names, places=[(20, 30), (44, 34)])
+    assert torch.equal(given.places.nan_to_num(), lab.encode_places([names], [[(20, 30), (44, 34)]]).nan_to_num())
+    turned = call(told, names[::-1], places=[(44, 34), (20, 30)])
+    assert torch.equal(given.images, turned.images)
+    assert torch.equal(given.images, call(told, lab.encode_labels(names), places=given.places).images)
+    natural, none = call(told, names), call(told, names, places="none")
+    assert natural.places.isfinite().sum() == 4 and none.places.isnan().all()
+    assert len({image.images.sum().item() for image in (given, natural, none)}) == 3
+    part = call(told, [names, names], places=[[(20, 30), None], [None, None]])
+    assert part.places.isfinite().sum() == 2
+    assert not torch.allclose(part.images[0], part.images[1])
+
+
+def test_an_image_has_its_places_and_noise_whatever_its_batch(told):
+    both = call(told, [SETS[1], SETS[2]], return_process=True)
+    own = [told([s], 2, generator=[g], output_type="pt", return_process=True)
+           for s, g in zip(SETS[1:3], generators(2), strict=True)]  # fmt: skip
+    for i, alone in enumerate(own):
+        torch.testing.assert_close(alone.images[0], both.images[i], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone.places[0], both.places[i], equal_nan=True)
+    bare = call(told, [SETS[1], SETS[2]], places="none", return_process=True)
+    assert torch.equal(bare.process[0], both.process[0]), "the noise does not depend on how places are chosen"
+    generator = lab.make_generator(5)
+    first, second = (told(SETS[2], 2, generator=generator, output_type="pt") for _ in range(2))
+    assert not torch.equal(first.places.nan_to_num(), second.places.nan_to_num())
+
+
+@pytest.mark.parametrize("kind", [name for name, way in lab.GUIDANCES.items() if not way.needs_classifier])
+def test_every_guidance_knows_the_places(told, kind):
+    names = ["red sphere", "cyan cube"]
+    one, other = (call(told, names, places=p, guidance=kind, guidance_scale=2.0).images
+                  for p in ([(20, 30), (44, 34)], [(44, 34), (20, 30)]))  # fmt: skip
+    assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize(
+    "places, words",
+    [
+        ("left", "places='left': choose from"),
+        ([(1, 2)], "1 places"),
+        (torch.zeros(1, 24), "places of shape (1, 24): expected (1, 24, 2)"),
+    ],
+)
+def test_places_that_cannot_be(told, places, words):
+    with pytest.raises(ValueError) as error:
+        call(told, ["red sphere", "cyan cube"], places=places)
+    assert words in str(error.value)
+
+
+def test_a_network_that_is_not_told_takes_no_places(pipe):
+    for places in ("natural", [(20, 30)]):
+        with pytest.raises(ValueError, match="not told where objects stand"):
+            pipe(["red sphere"], 2, places=places)
+    assert pipe(["red sphere"], 2, places="none").places is None

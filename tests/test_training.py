@@ -302,7 +302,7 @@ def test_dropout_in_the_labels_network_resumes_too(small, tmp_path):
 
 def test_the_best_epoch_is_kept(small, tmp_path, monkeypatch):
     """Report A's policy. The learning rate rises out of all reason, so the loss does too: an early epoch is best."""
-    monkeypatch.setattr("lab6.training.learning_rate", lambda settings, step, total: 1e-3 if step < 10 else 3.0)
+    monkeypatch.setattr("lab6.training.rate_factor", lambda settings, step, total: 1.0 if step < 10 else 4000.0)
     kept = {}
     for record in lab.train(tiny(batch_size=8, epochs=4, ema_decay=0.0, keep="best"), small, tmp_path):
         kept[record.epoch] = {k: v.clone() for k, v in record.pipeline.denoiser.state_dict().items()}
@@ -359,10 +359,9 @@ def test_each_process_has_dropout_masks_of_its_own(small, monkeypatch):
     randomness = lambda device, *stream: dropped.append(stream) or machine.global_randomness(device, *stream)
     monkeypatch.setattr(training, "global_randomness", randomness)
     monkeypatch.setattr(examples, "make_generator", streams)
-    examples._epoch_order.cache_clear()
     opened, scheduler = lab.open_examples(settings, small, None), lab.make_scheduler(settings)
     for rank in range(2):
-        loss_at = training._loss(settings, lab.make_denoiser(settings), opened, scheduler, (rank, 2))
+        loss_at = training._loss(settings, lab.make_denoiser(settings), opened, scheduler, (rank, 2), None, None)
         assert loss_at(0) > 0 and loss_at(1) > 0
     assert dropped == [(0, "dropout", step, rank) for rank in range(2) for step in range(2)]
     noise = [stream for stream in made if stream[0] == "noise"]
@@ -392,3 +391,40 @@ def test_the_writer_of_tensorboard_is_closed(small, tmp_path, monkeypatch):
     next(stopped)
     stopped.close()
     assert len(closed) == 2
+
+
+ALL_NEW = dict(preset="layout", batch_size=8, epochs=2, max_images=40, warmup_steps=3)
+
+
+def test_a_long_epoch_is_continued_in_the_middle(scenes, tmp_path, monkeypatch):
+    """With every choice of the preset layout: Muon, balanced weights, places, shares of objects."""
+    monkeypatch.setenv("LAB6_DATA", str(scenes))
+    settings = tiny(**ALL_NEW, checkpoint_minutes=1e-9)
+    dataset = lab.training_set(settings, lab.find_data())
+    records = run(settings, dataset, tmp_path / "once")
+    whole = lab.training_batch
+
+    def interrupted(settings, examples, scheduler, step, *rest):
+        if step == 7:
+            raise KeyboardInterrupt
+        return whole(settings, examples, scheduler, step, *rest)
+
+    monkeypatch.setattr("lab6.training.training_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, dataset, tmp_path / "twice")
+    state = checkpoint(tmp_path / "twice")
+    assert len(state["history"]) == 1 and state["part"]["steps"] == 2, "seven steps of two epochs of five"
+    seen = []
+    monkeypatch.setattr("lab6.training.training_batch", lambda *a: seen.append(a[3]) or whole(*a))
+    again = run(settings, dataset, tmp_path / "twice")
+    assert seen == [7, 8, 9] and again[-1].loss == records[-1].loss
+    assert_same(checkpoint(tmp_path / "twice"), checkpoint(tmp_path / "once"))
+    layouts = lab.ICLEVRPipeline.from_pretrained(tmp_path / "twice" / "pipeline").denoiser.condition.layouts
+    assert layouts.isfinite().all() and (layouts[:, 0, 0] - 32).abs().max() < 1, "first objects stand in the middle"
+
+
+def test_short_epochs_are_checkpointed_at_their_end(small, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr("lab6.training.write_json", lambda file, value: written.append(len(value)))
+    run(tiny(batch_size=8, epochs=2), small, tmp_path)
+    assert written == [1, 2]
