@@ -159,7 +159,7 @@ def object_places(images: torch.Tensor, colour: str) -> torch.Tensor:
     return places.where(count[:, None] >= 5, math.nan)
 
 
-def placement_errors(images: torch.Tensor, labels: torch.Tensor, places: torch.Tensor):
+def placement_errors(images: torch.Tensor, labels: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """How far from where they were asked to stand objects are found, by their hue (`object_places`).
 
     Only objects of a colour in HUES that is theirs alone in the label set are looked for. What is found is the middle
@@ -169,7 +169,7 @@ def placement_errors(images: torch.Tensor, labels: torch.Tensor, places: torch.T
         images: (N, 3, 64, 64); labels: (N, 24); places: (N, 24, 2), in pixels.
 
     Returns:
-        (distances in pixels, (M,), nan where none was found; numbers of their images, (M,)).
+        (M,) distances in pixels of the objects that could be looked for; nan where one was not found.
     """
     wanted, of = labels.bool().unflatten(1, (len(SHAPES), len(COLOURS))), []
     for colour in HUES:
@@ -179,8 +179,8 @@ def placement_errors(images: torch.Tensor, labels: torch.Tensor, places: torch.T
             alone &= ~wanted[:, :, COLOURS.index("brown")].any(1)
         asked = places[torch.arange(len(places)), wanted[:, :, column].int().argmax(1) * len(COLOURS) + column]
         rows = (alone & asked.isfinite().all(1)).nonzero().flatten()
-        of.append(((object_places(images[rows], colour) + 0.5 - asked[rows]).norm(dim=1), rows))  # pixels have middles
-    return tuple(torch.cat(each) for each in zip(*of, strict=True))
+        of.append((object_places(images[rows], colour) + 0.5 - asked[rows]).norm(dim=1))  # pixels have middles
+    return torch.cat(of)
 
 
 def spread_of_places(places: torch.Tensor) -> float:
