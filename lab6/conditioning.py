@@ -132,6 +132,8 @@ class LayoutCondition(TokenCondition):
         super().__init__(width, token_dim, null_condition)
         features = 4 * len(self.wavelengths)
         self.place = nn.Sequential(nn.Linear(features, token_dim), nn.SiLU(), nn.Linear(token_dim, token_dim))
+        nn.init.zeros_(self.place[2].weight)  # at first a token is as it would be without a place
+        nn.init.zeros_(self.place[2].bias)
         self.blob = nn.Linear(token_dim, self.blob_channels)
         # Where the first three objects stand in scenes of the training data: what `draw_places` draws from.
         self.register_buffer("layouts", torch.full((2048, 3, 2), torch.nan))

@@ -20,9 +20,9 @@ from lab6.guidance import MAX_GUIDANCE_SCALE
 from lab6.machine import autocast, make_generator, progress
 from lab6.options import Network
 from lab6.pipeline import ICLEVRPipeline
-from lab6.runs import load_pipeline
+from lab6.runs import find_weights, load_pipeline
 from lab6.settings import Settings
-from lab6.storage import WEIGHTS, from_project, open_folder, write_whole
+from lab6.storage import write_whole
 
 #: This many trajectories are sampled at a time, with one guidance scale.
 _AT_A_TIME = 64
@@ -119,18 +119,6 @@ def open_trajectories(settings: Settings, labels: torch.Tensor) -> Trajectories:
     return Trajectories(settings, labels, folder, teacher.denoiser)
 
 
-def find_teacher(settings: Settings) -> Path:
-    """The folder of the pipeline that `settings.teacher` names; FileNotFoundError where there is none."""
-    folder = WEIGHTS / settings.teacher
-    folder = folder if folder.is_dir() else from_project(settings.teacher)
-    with open_folder(folder):
-        found = (folder / "model_index.json").is_file()
-    if not found:
-        raise FileNotFoundError(f"teacher={settings.teacher!r}: no pipeline in {folder}; give a preset that ships "
-                                "(data/weights) or a pipeline's folder")  # fmt: skip
-    return folder
-
-
 def load_teacher(settings: Settings) -> ICLEVRPipeline:
     """The pipeline that `settings.teacher` names (a preset that ships, or a folder), with a deterministic sampler that
     needs few steps.
@@ -139,7 +127,7 @@ def load_teacher(settings: Settings) -> ICLEVRPipeline:
         FileNotFoundError: there is none.
         ValueError: its network, or its noise, is not what the distilled network begins with.
     """
-    teacher = load_pipeline(settings, str(find_teacher(settings)))
+    teacher = load_pipeline(settings, str(find_weights("teacher", settings.teacher)))
     here = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Network)}
     here |= {name: make_scheduler(settings).config[name] for name in ("trained_betas", "prediction_type")}
     there = dict(teacher.denoiser.config) | dict(teacher.scheduler.config)

@@ -176,6 +176,8 @@ class Training(Options):
     min_snr_gamma: float = option(5.0, positive=True)
     batch_size: int = count(32)
     epochs: int = count(100, resumable=True)  # it moves the decay of the learning rate, no step before that
+    # whose weights the network begins with, as far as they fit: a preset that ships, or a pipeline's folder; "": none
+    start: str = option("", resumable=True)
     optimizer: str = option("adamw")  # a key of OPTIMIZERS
     learning_rate: float = option(8e-4, low=0)
     muon_learning_rate: float = option(1.5e-3, low=0)  # of the matrices that Muon trains; the rest has learning_rate

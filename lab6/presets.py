@@ -27,7 +27,7 @@ _MINUTE = dict(patch=4, channels=(48, 64, 96), attention=("none", "cross", "none
                learning_rate=2e-3, warmup_steps=20, ema_decay=0.99)  # fmt: skip
 
 
-#: What the profiles train in place of the preset `tokens`.
+#: What the profiles train in place of the presets `tokens` and `layout`.
 SMALL_TOKENS = {
     "tiny": dict(channels=(8, 16, 16), token_dim=16, norm_groups=8, warmup_steps=2),
     "quick": _MINUTE,
@@ -50,9 +50,10 @@ def fill(profile: str, preset: str, overrides: dict) -> dict:
 
 
 def _adapt(profile, preset, on_a_gpu):
-    """What a profile changes of a preset: quick and shipped train all but `tokens` briefly, at full size."""
-    if preset == "tokens":
-        return _ON_A_GPU if profile == "full" and on_a_gpu else SMALL_TOKENS[profile]
+    """What a profile changes of a preset: quick and shipped train a small network in place of `tokens` and `layout`,
+    and all others briefly, at full size."""
+    if preset in ("tokens", "layout"):
+        return _ON_A_GPU if (profile, preset, on_a_gpu) == ("full", "tokens", True) else SMALL_TOKENS[profile]
     if profile == "full":
         return {}
     if "teacher" in PRESETS[preset]:  # begins with the weights of its teacher, so it has the same size

@@ -1,6 +1,6 @@
 """What a training run leaves on disk: its folder, its checkpoint, its pipeline.
 
-Stands on pipeline, settings, diffusion, machine and storage.
+Stands on pipeline, denoiser, settings, diffusion, machine and storage.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file
 
+from lab6.denoiser import Denoiser, count_parameters
 from lab6.diffusion import make_sampler
 from lab6.machine import headless
 from lab6.pipeline import ICLEVRPipeline
@@ -85,6 +87,55 @@ def load_pipeline(settings: Settings, weights: str = "auto") -> ICLEVRPipeline:
     pipe.denoiser.to(memory_format=torch.channels_last)
     pipe.scheduler = make_sampler(settings.sampler, pipe.scheduler)
     return pipe
+
+
+def find_weights(option: str, name: str) -> Path:
+    """The folder of the pipeline that an option (teacher, start) names: a preset that ships, or a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = WEIGHTS / name
+    folder = folder if folder.is_dir() else from_project(name)
+    with open_folder(folder):
+        found = (folder / "model_index.json").is_file()
+    if not found:
+        raise FileNotFoundError(f"{option}={name!r}: no pipeline in {folder}; give a preset that ships (data/weights) "
+                                "or a pipeline's folder")  # fmt: skip
+    return folder
+
+
+def begin_with(denoiser: Denoiser, folder: Path) -> int:
+    """Give a network the weights of the pipeline in `folder`, as far as they fit. A layer with more inputs than there
+    takes no notice of the additional ones at first; what the other network lacks keeps its own start.
+
+    Returns:
+        The number of images that these weights have seen, 0 where that is not known.
+
+    Raises:
+        ValueError: less than half of the network fits.
+    """
+    with open_folder(folder):
+        given = load_file(folder / "denoiser" / "diffusion_pytorch_model.safetensors")
+        history = load_history(folder)
+    fitting = 0
+    with torch.no_grad():
+        for name, own in denoiser.named_parameters():
+            other = given.get(name)
+            if other is not None and _fits(own.shape, other.shape):
+                own.zero_()
+                own[tuple(map(slice, other.shape))] = other.to(own)
+                fitting += own.numel()
+    if fitting < count_parameters(denoiser) / 2:
+        raise ValueError(f"start={str(folder)!r}: less than half of this network fits to those weights; use start='', "
+                         "or weights of a network of the same channels")  # fmt: skip
+    return history[-1]["images_seen"] if history else 0
+
+
+def _fits(own, other):
+    """Are these shapes of weights the same, but for a convolution that takes more channels than the other?"""
+    without_inputs = lambda shape: shape[:1] + shape[2:]
+    return own == other or (len(own) == 4 and without_inputs(own) == without_inputs(other) and own[1] > other[1])
 
 
 def find_pipeline(settings: Settings, weights: str) -> Path:

@@ -22,7 +22,7 @@ from lab6.machine import autocast, format_seconds, global_randomness, progress, 
 from lab6.objective import Balance, learning_rate, loss_weights, rate_factor
 from lab6.optimizers import OPTIMIZERS
 from lab6.pipeline import ICLEVRPipeline
-from lab6.runs import read_checkpoint
+from lab6.runs import begin_with, find_weights, read_checkpoint
 from lab6.settings import Settings
 from lab6.storage import exclusive, has_folder, save_with_history, write_json, write_whole
 
@@ -64,6 +64,9 @@ class TrainingState:
         examples.prepare(self.model)
         if examples.layouts is not None:
             self.model.condition.remember(examples.layouts)
+        self.images_before = 0  # that its weights had seen when the training began
+        if settings.start and not saved:
+            self.images_before = begin_with(self.model, find_weights("start", settings.start))
         self.optimizer = OPTIMIZERS[settings.optimizer](settings, self.model)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.ema = EMAModel(self.model.parameters(), settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
@@ -74,13 +77,15 @@ class TrainingState:
         for name in self.KEPT if saved else ():
             if name in saved:  # checkpoints of earlier versions have no balance
                 getattr(self, name).load_state_dict(saved[name])
-        self.part |= saved.get("part", {}) if saved else {}
+        if saved:
+            self.part |= saved.get("part", {})
+            self.images_before = saved.get("images_before", 0)
         self.ema.to(settings.device)
 
     def state_dict(self) -> dict:
         """What a checkpoint holds of it."""
         kept = {name: getattr(self, name).state_dict() for name in self.KEPT}
-        return kept | {"history": self.history, "part": self.part}
+        return kept | {"history": self.history, "part": self.part, "images_before": self.images_before}
 
     def set_rates(self, factor: float):
         """Let each group of parameters learn at its own rate times this."""
@@ -144,7 +149,7 @@ def _train(settings, dataset, folder, resume, accelerator):
             with state.model.expecting(int(dataset.labels.sum(1).max())):
                 loss, seconds = _one_epoch(settings, state, network, loss_at, epoch, steps, accelerator, keep)
             left = time_left(start, epoch + 1 - done, settings.epochs - done)
-            record = _record(settings, epoch, steps, size, loss, seconds, left)
+            record = _record(settings, epoch, steps, size, loss, seconds, left, state.images_before)
             state.history = [*state.history, record]
             pipeline = ICLEVRPipeline(state.averaged(), make_scheduler(settings), examples.autoencoder)
             if accelerator.is_main_process:
@@ -210,11 +215,12 @@ def _one_epoch(settings, state, network, loss_at, epoch, steps, accelerator, kee
     return loss, before + time.perf_counter() - start
 
 
-def _record(settings, epoch, steps, size, loss, seconds, left):
+def _record(settings, epoch, steps, size, loss, seconds, left, before):
     """The record of an epoch, as history.json keeps it."""
     return dict(
-        epoch=epoch + 1, epochs=settings.epochs, step=(epoch + 1) * steps, images_seen=(epoch + 1) * steps * size,
-        loss=loss, learning_rate=learning_rate(settings, (epoch + 1) * steps - 1, steps * settings.epochs),
+        epoch=epoch + 1, epochs=settings.epochs, step=(epoch + 1) * steps,
+        images_seen=before + (epoch + 1) * steps * size, loss=loss,
+        learning_rate=learning_rate(settings, (epoch + 1) * steps - 1, steps * settings.epochs),
         images_per_s=steps * size / seconds, seconds_left=left,
     )  # fmt: skip
 

@@ -15,7 +15,9 @@ KNOWN = torch.zeros(1, dtype=torch.bool)
 @pytest.fixture(scope="module")
 def condition():
     torch.manual_seed(0)
-    return lab.LayoutCondition(32, 16, True)
+    condition = lab.LayoutCondition(32, 16, True)
+    torch.nn.init.normal_(condition.place[2].weight)  # as if it had learnt something: it begins with zeros
+    return condition
 
 
 def blobs(condition, places, null=KNOWN, size=32):

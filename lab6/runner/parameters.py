@@ -169,16 +169,16 @@ def check_values(profile, jobs):
 
 
 def check_files(settings, weights="auto", evaluator="auto"):
-    """Raise FileNotFoundError where a pipeline, teacher or evaluator is named that is not there and that the run does
-    not make. Arguments as for `load_pipeline` and `prepare_evaluator`."""
-    from lab6.distillation import find_teacher
+    """Raise FileNotFoundError where a pipeline, teacher, start or evaluator is named that is not there and that the run
+    does not make. Arguments as for `load_pipeline` and `prepare_evaluator`."""
     from lab6.evaluators import Evaluator
-    from lab6.runs import find_pipeline, run_folder
+    from lab6.runs import find_pipeline, find_weights, run_folder
 
     made_here = from_project(weights).resolve().is_relative_to(run_folder(settings))  # by notebook 03, perhaps
     if weights not in ("auto", "trained") and not made_here:
         find_pipeline(settings, weights)
-    if settings.teacher:
-        find_teacher(settings)
+    for option in ("teacher", "start"):
+        if name := getattr(settings, option):
+            find_weights(option, name)
     if evaluator != "auto":
         Evaluator.file_of(evaluator)
