@@ -53,7 +53,7 @@ experiments: .venv/installed
 	$(BIN)/python run_notebooks.py --profile shipped --only 06 -p preset=linear-512 -p channels=[32,32,64,64] \
 	  -p epochs=1 -p max_images=12288 -p learning_rate=8e-4 -p sampler=ddim -p steps=50 -p seeds=4
 	$(BIN)/python run_notebooks.py --profile shipped --only 06 -p score=false \
-	  --sweep preset=latent,few-step,mlp-fusion,linear-attn,cross-attention,linear-512,linear-512-six
+	  --sweep preset=layout,latent,few-step,mlp-fusion,linear-attn,cross-attention,linear-512,linear-512-six
 	$(BIN)/python run_notebooks.py --profile shipped --only 06
 
 bench: .venv/installed

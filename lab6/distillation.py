@@ -128,10 +128,13 @@ def load_teacher(settings: Settings) -> ICLEVRPipeline:
         ValueError: its network, or its noise, is not what the distilled network begins with.
     """
     teacher = load_pipeline(settings, str(find_weights("teacher", settings.teacher)))
+    own, there = make_scheduler(settings), dict(teacher.denoiser.config) | dict(teacher.scheduler.config)
     here = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Network)}
-    here |= {name: make_scheduler(settings).config[name] for name in ("trained_betas", "prediction_type")}
-    there = dict(teacher.denoiser.config) | dict(teacher.scheduler.config)
+    here |= {"prediction_type": own.config.prediction_type}
     differ = [name for name in here if json.dumps(here[name]) != json.dumps(there[name])]
+    # Another computer's cosine may end in other digits.
+    if own.betas.shape != teacher.scheduler.betas.shape or not torch.allclose(own.betas, teacher.scheduler.betas):
+        differ.append("its noise schedule")
     if differ or teacher.denoiser.config.student_steps or "classifier-free" not in teacher.guidances:
         why = f"its network differs from this run's in {', '.join(differ)}" if differ else "it knows no guidance"
         raise ValueError(f"teacher={settings.teacher!r}: {why}. A distilled network begins with its teacher's weights")

@@ -36,7 +36,7 @@ SMALL_TOKENS = {
 }
 # A batch of 32 keeps a GPU waiting for its kernels to be launched. The learning rate grows with the root of the batch's
 # size, and the epochs so that there are half as many steps. (The quality of this has not been tested.)
-_ON_A_GPU = dict(batch_size=128, learning_rate=1.6e-3, epochs=200)
+_ON_A_GPU = dict(batch_size=128, learning_rate=1.6e-3, muon_learning_rate=3e-3, epochs=200)
 
 
 def fill(profile: str, preset: str, overrides: dict) -> dict:
@@ -53,7 +53,7 @@ def _adapt(profile, preset, on_a_gpu):
     """What a profile changes of a preset: quick and shipped train a small network in place of `tokens` and `layout`,
     and all others briefly, at full size."""
     if preset in ("tokens", "layout"):
-        return _ON_A_GPU if (profile, preset, on_a_gpu) == ("full", "tokens", True) else SMALL_TOKENS[profile]
+        return _ON_A_GPU if profile == "full" and on_a_gpu else SMALL_TOKENS[profile]
     if profile == "full":
         return {}
     if "teacher" in PRESETS[preset]:  # begins with the weights of its teacher, so it has the same size
@@ -80,7 +80,7 @@ PRESETS = {
     "tokens": dict(),
     # Ours, also told where the objects stand; trained by Muon on more images of three objects, all times count alike.
     "layout": dict(conditioning="layout", optimizer="muon", loss_weighting="balanced", object_shares=(0.2, 0.3, 0.5),
-                   decay_fraction=0.35, epochs=50, guidance_scale=1.5),
+                   decay_fraction=0.35, epochs=50, sampler="ddim", steps=10, guidance_scale=1.5),
     # Distilled from tokens: the scale is an input, and four DDIM steps do what twelve guided steps of its teacher do.
     "few-step": dict(teacher="tokens", student_steps=4, label_dropout=0.0, epochs=10, learning_rate=4e-4,
                      warmup_steps=50, decay_fraction=1.0, sampler="ddim", guidance_scale=5.0),

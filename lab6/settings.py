@@ -139,7 +139,7 @@ def make_settings(profile: str = "auto", **overrides) -> Settings:
     if profile not in list(PROFILES):  # a list: what was given may not be hashable
         raise ValueError(f"profile={profile!r}: choose from auto, {', '.join(PROFILES)}")
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    preset = overrides.setdefault("preset", "tokens")
+    preset = overrides.setdefault("preset", "layout")
     if preset not in list(PRESETS):
         raise ValueError(f"preset={preset!r}: choose from {', '.join(PRESETS)}")
     if overrides.get("device", "auto") == "auto":

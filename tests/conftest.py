@@ -170,8 +170,8 @@ def synthetic(tmp_path_factory, environment):
 
 
 def tiny(**overrides):
-    """Settings of the tiny profile on the CPU in float32."""
-    return lab.make_settings("tiny", **dict(device="cpu", precision="fp32") | overrides)
+    """Settings of the tiny profile on the CPU in float32, of the preset tokens if no other is named."""
+    return lab.make_settings("tiny", **dict(preset="tokens", device="cpu", precision="fp32") | overrides)
 
 
 def tiny_linear(**overrides):

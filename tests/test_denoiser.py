@@ -185,7 +185,7 @@ def test_there_is_a_token_for_each_object():
 class Table(nn.Module):
     """A conditioning as a student might add it: 24 tokens, of which those of the objects asked for are not zero."""
 
-    pools, gives_tokens, one_per_object = False, True, False
+    pools, gives_tokens, one_per_object, blob_channels = False, True, False, 0
     token_width, null = 8, None
 
     def __init__(self, width, token_dim, null_condition):

@@ -201,10 +201,10 @@ def test_pictures_are_in_the_files_order(run, scenes, monkeypatch):
 
 
 def test_training_went_over_its_epochs(run):
-    history = lab.load_history(run.runs / "tiny" / "tokens")
+    history = lab.load_history(run.runs / "tiny" / "layout")
     assert [r["epoch"] for r in history] == [1, 2]
     assert re.findall(r"^ +epoch (\d)/2  loss", run.out, re.MULTILINE)[:2] == ["1", "2"], "progress is printed"
-    assert (run.runs / "tiny" / "tokens" / "pipeline" / "model_index.json").is_file()
+    assert (run.runs / "tiny" / "layout" / "pipeline" / "model_index.json").is_file()
 
 
 def test_results_follow_the_design(run):
@@ -222,8 +222,9 @@ def test_results_follow_the_design(run):
             assert 0 <= record[name] <= 1
         assert low <= record["accuracy"] <= high
         if split not in HELD_OUT:
-            assert (record["system"], record["seeds"], record["sampler"], record["steps"]) == ("tokens", 2, "ddpm", 4)
-            assert record["guidance"] == {"kind": "classifier-free", "scale": 4.0} and record["evaluations"] == 8
+            assert (record["system"], record["seeds"], record["sampler"], record["steps"]) == ("layout", 2, "ddim", 4)
+            assert record["guidance"] == {"kind": "classifier-free", "scale": 1.5} and record["evaluations"] == 8
+            assert record["places"] == "natural"
             assert re.fullmatch("[0-9a-f]{16}", record["weights_sha256"]) and record["images_seen"] == 96
         assert record["ci95_seeds"] is None, "two seeds are too few for an interval over seeds"
 
@@ -270,7 +271,7 @@ def test_samplers_and_guidance_are_studied(run):
     figures = {p.stem for p in run.figures.glob("06_*.png")}
     assert {"06_samplers", "06_guidance", "06_gamed", "06_terminal_noise", "06_more_objects"} <= figures
     many = {(r["split"], r["system"], r["experiment"].get("guidance")) for r in of("more objects")}
-    ways = {("tokens", "classifier-free"), ("tokens", "composition"), ("rendered scenes", None)}
+    ways = {("layout", "classifier-free"), ("layout", "composition"), ("rendered scenes", None)}
     assert many == {(f"{count} objects", *way) for count in (4, 5) for way in ways}
 
 
@@ -370,5 +371,5 @@ def test_submission(run, tmp_path):
     settings = lab.make_settings("tiny", device="cpu")
     scheduler = lab.DDPMScheduler.from_config(saved["scheduler"])
     assert torch.equal(scheduler.alphas_cumprod, lab.make_scheduler(settings).alphas_cumprod)
-    trained = lab.ICLEVRPipeline.from_pretrained(run.runs / "tiny" / "tokens" / "pipeline").denoiser
+    trained = lab.ICLEVRPipeline.from_pretrained(run.runs / "tiny" / "layout" / "pipeline").denoiser
     assert all(torch.equal(a, b) for a, b in zip(denoiser.parameters(), trained.parameters(), strict=True))

@@ -1,6 +1,6 @@
 """What is asked for: which notebooks, with which parameters, in which combinations. What cannot be is refused.
 
-The lowest module of the runner. Stands on distillation, runs, evaluators, files, settings, options and storage.
+The lowest module of the runner. Stands on runs, evaluators, files, settings, options and storage.
 Those that need torch are imported late, since that takes seconds.
 """
 
