@@ -60,6 +60,8 @@ def _latent_statistics(autoencoder):
 class LatentDataset:
     """Training images as the latents' distributions, encoded once; `batch` samples from them anew each time."""
 
+    places = layouts = None
+
     def __init__(self, dataset: ICLEVRDataset, autoencoder: AutoencoderKL):
         self.autoencoder, device = autoencoder, autoencoder.device
         self.labels = dataset.labels.to(device)

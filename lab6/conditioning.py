@@ -126,11 +126,11 @@ class LayoutCondition(TokenCondition):
 
     blob_channels = 16
     radius = 5.0  # of a blob: its standard deviation in pixels; an object is about 12 wide
-    wavelengths = (128, 64, 32, 16, 8, 4)  # of the Fourier features, in pixels
+    octaves = 6  # of the Fourier features: wavelengths of 128, 64, ..., 4 pixels
 
     def __init__(self, width: int, token_dim: int, null_condition: bool):
         super().__init__(width, token_dim, null_condition)
-        features = 4 * len(self.wavelengths)
+        features = 4 * self.octaves
         self.place = nn.Sequential(nn.Linear(features, token_dim), nn.SiLU(), nn.Linear(token_dim, token_dim))
         nn.init.zeros_(self.place[2].weight)  # at first a token is as it would be without a place
         nn.init.zeros_(self.place[2].bias)
@@ -147,7 +147,7 @@ class LayoutCondition(TokenCondition):
         pooled, tokens = super().forward(labels, null)
         if places is not None:
             places, known = self.by_slot(labels, places)
-            waves = places[..., None] * (2 * math.pi / torch.tensor(self.wavelengths, device=places.device))
+            waves = places[..., None] * 2 ** torch.arange(self.octaves, device=places.device) * (2 * math.pi / 128)
             features = torch.cat([waves.sin(), waves.cos()], -1).flatten(2)
             tokens = tokens + known * self.place(features.to(tokens))
         return pooled, tokens

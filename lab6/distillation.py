@@ -69,7 +69,7 @@ class Trajectories:
         scales: (N,), the s of each.
     """
 
-    autoencoder = None
+    autoencoder = places = layouts = None
 
     def __init__(self, settings: Settings, labels: torch.Tensor, folder: Path, teacher: nn.Module | None = None):
         from safetensors.torch import load_file

@@ -1,9 +1,10 @@
 """What training sees: images, latents or a teacher's trajectories, all with the same method `batch`.
 
 To train on something new, write a class like `ImageExamples`, with an example for each image of the dataset: its
-length, `labels` (N, 24) on the device, `autoencoder` (or None), `prepare(denoiser)`, and `batch(rows, t, noise,
-scheduler)`, which returns x_0, eps, t and scale. Open it in `open_examples`, by a setting of its own (options.py).
-Stands on distillation, autoencoder, places, dataset, settings, conditioning, machine and labels.
+length, `labels` (N, 24) on the device, `autoencoder`, `places` and `layouts` (or None; `open_examples` finds them),
+`prepare(denoiser)`, and `batch(rows, t, noise, scheduler)`, which returns x_0, eps, t and scale. Open it in
+`open_examples`, by a setting of its own (options.py). Stands on distillation, autoencoder, places, dataset, settings,
+conditioning, machine and labels.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lab6.settings import Settings
 class ImageExamples:
     """Training images as they are; each time with new noise."""
 
-    autoencoder = None
+    autoencoder = places = layouts = None
 
     def __init__(self, dataset: ICLEVRDataset, device: str):
         self.dataset, self.labels = dataset, dataset.labels.to(device)
@@ -59,8 +60,8 @@ def open_examples(settings: Settings, dataset: ICLEVRDataset, folder: Path):
         examples = LatentDataset(dataset, autoencoder)
     else:
         examples = ImageExamples(dataset, settings.device)
-    told = CONDITIONINGS[settings.conditioning].blob_channels > 0
-    examples.places, examples.layouts = _find_places(dataset, settings.device) if told else (None, None)
+    if CONDITIONINGS[settings.conditioning].blob_channels:
+        examples.places, examples.layouts = _find_places(dataset, settings.device)
     return examples
 
 
@@ -145,7 +146,7 @@ def _epoch_order(settings, examples, epoch):
     one order."""
     key = settings.seed, epoch, settings.object_shares
     if getattr(examples, "order", (None,))[0] != key:
-        generator = make_generator(settings.seed, "order", epoch, device=examples.labels.device)
+        generator = make_generator(settings.seed, "order", epoch, device=settings.device)
         examples.order = key, _permute(examples.labels, settings.object_shares, generator)
     return examples.order[1]
 
@@ -153,7 +154,7 @@ def _epoch_order(settings, examples, epoch):
 def _permute(labels, shares, generator):
     """All rows of (N, 24) labels in random order; with `shares` that part of them which shows one, two, ... objects."""
     permuted = lambda rows: rows[torch.randperm(len(rows), generator=generator, device=rows.device)]
-    rows = torch.arange(len(labels), device=labels.device)
+    rows = torch.arange(len(labels), device=generator.device)
     if not shares:
         return permuted(rows)
     chosen = []

@@ -9,6 +9,7 @@ import json
 import pathlib
 import sys
 import tempfile
+import types
 
 import accelerate
 import torch
@@ -55,18 +56,20 @@ class Pictures(lab.ICLEVRDataset):
         self.pixels = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8, generator=generator)
         self.labels = torch.eye(24)[torch.arange(40) % 24]
         self.names, self.split, self.source = [f"CLEVR_train_{i:06d}_0.png" for i in range(40)], "train", "noise"
+        train = {name: [lab.OBJECTS[i % 24]] for i, name in enumerate(self.names)}
+        self.files = types.SimpleNamespace(train=train, places={name: [[32, 28]] for name in train})
 
 
 def training_waits(folder):
     """What the host waits for in the second of two epochs of five steps: as it should be, and with faults."""
     training.loss_weights = lambda *_, right=training.loss_weights: right(*_) if fault != "weights" else Stuck()
     training.open_examples = lambda *_, right=examples.open_examples: labels_stay(right(*_), fault == "labels")
-    for fault in ("none", "labels", "weights"):
-        epochs = lab.train(settings_on_far(), Pictures(), folder / fault)
+    for fault, preset in (("none", "tokens"), ("none", "layout"), ("labels", "tokens"), ("weights", "tokens")):
+        epochs = lab.train(settings_on_far(preset=preset, object_shares=()), Pictures(), folder / fault / preset)
         next(epochs)
         far.WAITS.clear()
         last = next(epochs)
-        yield fault, {"loss": last.loss, "waits": counted()}
+        yield f"{fault}, {preset}", {"loss": last.loss, "waits": counted()}
 
 
 def labels_stay(opened, fault):

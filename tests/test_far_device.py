@@ -27,10 +27,11 @@ def on_far(tmp_path, *what):
 
 def test_training_waits_once_an_epoch(tmp_path):
     found = on_far(tmp_path, "training")
-    waits = found["none"]["waits"]
-    assert list(waits.values()) == [1] and "training.py" in next(iter(waits)), waits
-    assert 0 < found["none"]["loss"] < 2
-    for fault in ("labels", "weights"):  # labels of the batch, or weights of alpha_bar, that stay on the CPU are found
+    for preset in ("tokens", "layout"):
+        waits = found[f"none, {preset}"]["waits"]
+        assert list(waits.values()) == [1] and "training.py" in next(iter(waits)), waits
+        assert 0 < found[f"none, {preset}"]["loss"] < 2
+    for fault in ("labels, tokens", "weights, tokens"):  # those of the batch, or of the loss, that stay on the CPU
         assert 5 in found[fault]["waits"].values(), f"a wait in each step: {found[fault]['waits']}"
 
 
