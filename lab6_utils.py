@@ -48,7 +48,7 @@ from lab6.files import (
     DataFiles, choose_splits, find_data, read_data, load_renderer, scene_of, held_out_scenes, unseen_sets,
 )
 from lab6.dataset import crowded_scenes, ICLEVRDataset, training_set
-from lab6.places import FIRST_PLACE, place_of_change, find_places
+from lab6.places import FIRST_PLACE, place_of_change, find_places, places_by_object
 from lab6.diffusion import (
     SCHEDULES, alphas_bar, snr, q_sample, to_x_0, make_scheduler, SAMPLERS, NOT_WITH_ZERO_SNR, make_sampler,
 )

@@ -4,7 +4,7 @@ To train on something new, write a class like `ImageExamples`, with an example f
 length, `labels` (N, 24) on the device, `autoencoder`, `places` and `layouts` (or None; `open_examples` finds them),
 `prepare(denoiser)`, and `batch(rows, t, noise, scheduler)`, which returns x_0, eps, t and scale. Open it in
 `open_examples`, by a setting of its own (options.py). Stands on distillation, autoencoder, places, dataset, settings,
-conditioning, machine and labels.
+conditioning and machine.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from lab6.autoencoder import LatentDataset, load_autoencoder
 from lab6.conditioning import CONDITIONINGS
 from lab6.dataset import ICLEVRDataset
 from lab6.distillation import open_trajectories
-from lab6.labels import encode_places
 from lab6.machine import make_generator
-from lab6.places import find_places
+from lab6.places import find_places, places_by_object
 from lab6.settings import Settings
 
 
@@ -68,12 +67,9 @@ def open_examples(settings: Settings, dataset: ICLEVRDataset, folder: Path):
 def _find_places(dataset, device):
     """Where the objects of each image stand, by object, (N, 24, 2); and the places of the first three in the images
     that show most, in order."""
-    found = find_places(dataset.files, dataset)
-    names = [dataset.files.train[name] for name in dataset.names]
-    by_object = encode_places(names, [places[: len(of)].tolist() for of, places in zip(names, found, strict=True)])
-    found = F.pad(found, (0, 0, 0, 3), value=torch.nan)[:, :3]
+    found = F.pad(find_places(dataset.files, dataset), (0, 0, 0, 3), value=torch.nan)[:, :3]
     most = found.isfinite().sum((1, 2))
-    return by_object.to(device), found[(most == most.max()) & (most > 0)]
+    return places_by_object(dataset.files, dataset).to(device), found[(most == most.max()) & (most > 0)]
 
 
 def batch_blocks(size: int) -> int:

@@ -1,7 +1,7 @@
 """Where the objects of a scene stand in its images: known for rendered scenes, found for all others. Notebook 01.
 
 The images of a scene differ only by the object that each one adds, so the pixels that change are that object. Stands on
-dataset and files.
+dataset, files and labels.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 
 from lab6.dataset import ICLEVRDataset
 from lab6.files import DataFiles, scene_of
+from lab6.labels import encode_places
 
 #: x and y, in pixels, of the first object of every scene: the camera looks at the point of the floor where it stands.
 #: (In 300 rendered scenes x is exactly this, and y has a standard deviation of 0.15.)
@@ -50,6 +51,13 @@ def find_places(files: DataFiles, dataset: ICLEVRDataset) -> torch.Tensor:
         found = known.get(name, [])
         places[row, : len(found)] = torch.tensor(found).view(-1, 2)
     return places
+
+
+def places_by_object(files: DataFiles, dataset: ICLEVRDataset) -> torch.Tensor:
+    """What `find_places` finds, by object as networks take it: (N, 24, 2), nan for what is not in the image."""
+    names = [files.train[name] for name in dataset.names]
+    found = find_places(files, dataset).tolist()
+    return encode_places(names, [places[: len(of)] for of, places in zip(names, found, strict=True)])
 
 
 def _added_places(files):

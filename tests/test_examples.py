@@ -120,10 +120,7 @@ def test_a_share_of_the_images_shows_more_objects(scenes, monkeypatch):
 
 def test_places_go_with_their_images(scenes, monkeypatch):
     found, dataset = placed(scenes, monkeypatch, place_dropout=0.0, object_shares=())
-    files = dataset.files
-    names = [files.train[name] for name in dataset.names]
-    true = [p[: len(n)].tolist() for n, p in zip(names, lab.find_places(files, dataset), strict=True)]
-    true = lab.encode_places(names, true)
+    true = lab.places_by_object(dataset.files, dataset)
     for batch in found:
         assert (batch["places"].isfinite().all(2) == batch["labels"].bool()).all()
         for image, labels, told in zip(batch["x_0"], batch["labels"], batch["places"], strict=True):

@@ -161,8 +161,6 @@ def test_objects_of_scenes_stand_where_they_were_found(scenes, monkeypatch):
     monkeypatch.setenv("LAB6_DATA", str(scenes))
     files = lab.find_data()
     dataset = lab.ICLEVRDataset(files, "all", limit=150)
-    names = [files.train[name] for name in dataset.names]
-    found = [p[: len(n)].tolist() for n, p in zip(names, lab.find_places(files, dataset), strict=True)]
-    places = lab.encode_places(names, found)
+    places = lab.places_by_object(files, dataset)
     errors = lab.placement_errors(lab.to_float(dataset.pixels), dataset.labels, places)
     assert len(errors) > 60 and errors.nanmedian() < 1 and errors.isnan().float().mean() < 0.02
