@@ -25,6 +25,11 @@ def test_results_follow_the_schema(data, runs):
         (dict(guidance_interval=(0.0, 0.5)), {"kind": "classifier-free", "scale": 4.0, "interval": [0.0, 0.5]}),
     ):
         assert lab.result_record(tiny(**choice), pipe, "test", score, files)["guidance"] == said
+    told = make_pipeline(tiny(preset="layout"))
+    told.weights_sha256, told.images_seen = pipe.weights_sha256, pipe.images_seen
+    for kind in ("natural", "separated"):
+        assert lab.result_record(tiny(preset="layout", places=kind), told, "test", score, files)["places"] == kind
+        assert lab.result_record(tiny(places=kind), pipe, "test", score, files)["places"] == "none", "it is not told"
     lab.save_result(settings, lab.result_record(settings, None, "real-held-out", score, files))
     stored = json.loads((settings.figures / "results.json").read_text())
     assert stored["schema"] == 1 and len(stored["results"]) == 4
@@ -41,9 +46,14 @@ def test_the_same_measurement_takes_the_old_ones_place(runs):
     for change in (
         dict(accuracy=0.1),
         dict(accuracy=0.2),
+        dict(accuracy=0.3, places="none"),  # earlier versions did not say that no places were told
         dict(split="new_test"),
         dict(guidance={"kind": "none", "scale": 1.0}),
+        dict(places="natural"),
+        dict(places="separated"),
     ):
         lab.save_result(settings, key | change)
     results = json.loads((settings.figures / "results.json").read_text())["results"]
-    assert len(results) == 3 and results[0]["accuracy"] == 0.2
+    assert len(results) == 5 and results[0]["accuracy"] == 0.3
+    read = [(r["split"], r.get("places")) for r in lab.load_results(settings)]
+    assert len(read) == len(set(read)) + 1, "and they are read as different ones"

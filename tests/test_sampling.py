@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SETS, tiny
+from conftest import SETS, make_pipeline, tiny
 
 import lab6_utils as lab
 from lab6 import evaluators
@@ -98,3 +98,20 @@ def test_seeds_are_shared_among_processes(guidance, monkeypatch):
     found = lab.sample_seeds(pipe, sets, settings, processes=2)
     assert found.shape == (3, 2, 3, 64, 64)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_label_sets_are_sampled_at_their_places(tmp_path):
+    """Given places go with their label sets through batches and seeds; drawn ones are the seed's own."""
+    settings = tiny(preset="layout", seeds=2)
+    pipe = make_pipeline(settings)
+    sets = [["red cube"], ["blue sphere"]]
+    given = lab.encode_places(sets, [[(10, 20)], [(50, 40)]])
+    images = lab.sample_seeds(pipe, sets, settings, places=given)
+    for seed in range(2):
+        for i in range(2):
+            alone = lab.sample(pipe, sets[: i + 1], settings, seed, places=given[: i + 1])[i]
+            torch.testing.assert_close(images[seed, i], alone, atol=1e-5, rtol=0)
+    turned = lab.sample(pipe, sets, settings, 0, places=lab.encode_places(sets, [[(50, 40)], [(10, 20)]]))
+    assert not torch.allclose(turned, images[0])
+    process, _ = lab.sample_process(pipe, sets[0], settings)
+    torch.testing.assert_close(process[-1], lab.sample(pipe, sets[:1], settings)[0], atol=1e-5, rtol=0)
