@@ -55,5 +55,4 @@ def test_the_same_measurement_takes_the_old_ones_place(runs):
         lab.save_result(settings, key | change)
     results = json.loads((settings.figures / "results.json").read_text())["results"]
     assert len(results) == 5 and results[0]["accuracy"] == 0.3
-    read = [(r["split"], r.get("places")) for r in lab.load_results(settings)]
-    assert len(read) == len(set(read)) + 1, "and they are read as different ones"
+    assert len(lab.load_results(settings)) == 5, "and they are read as different ones"
