@@ -26,6 +26,7 @@ conditioning in CONDITIONINGS (lab6/conditioning.py), a guidance in GUIDANCES (l
 is a plot_ function in lab6/figures.py that is imported here.
 
 Conventions. Images are (B, 3, 64, 64) float32 in [-1, 1]; labels are (B, 24) multi-hot float32 in the order of OBJECTS;
+places are (B, 24, 2), x and y in pixels of the 64 x 64 image, nan where nothing is said;
 timesteps run from 0 (almost clean) to T - 1 (almost noise). The letters are those of Ho et al. 2020: x_0, x_t, eps, and
 alpha_bar for the cumulative product of (1 - beta). Guidance is eps_uncond + s * (eps_cond - eps_uncond): s = 1 is off,
 s = 0 ignores the labels. All randomness is derived from the seed and a named stream, so the same settings give the same

@@ -132,7 +132,7 @@ def trains_in_processes(settings, count):
 def measure_processes(settings):
     """Training in one process per GPU; nothing is measured with fewer than two GPUs."""
     gpus = torch.cuda.device_count() if settings.device == "cuda" else 0
-    own = lab.make_settings("full", batch_size=256, device=settings.device)
+    own = lab.make_settings("full", preset="tokens", batch_size=256, device=settings.device)
     for count in (n for n in (1, 2, 4, 8) if gpus > 1 and n <= gpus):
         yield f"growth: training tokens in {count} processes", trains_in_processes(own, count), None, "images/s", {}
 
@@ -298,7 +298,7 @@ def main():
     parser.add_argument("--only", choices=PARTS, help="measure one part")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
-    settings = lab.make_settings("shipped")
+    settings = lab.make_settings("shipped", preset="tokens")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for part, measure in PARTS.items():
         if args.table or args.only not in (None, part):

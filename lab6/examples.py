@@ -67,9 +67,10 @@ def open_examples(settings: Settings, dataset: ICLEVRDataset, folder: Path):
 def _find_places(dataset, device):
     """Where the objects of each image stand, by object, (N, 24, 2); and the places of the first three in the images
     that show most, in order."""
-    found = F.pad(find_places(dataset.files, dataset), (0, 0, 0, 3), value=torch.nan)[:, :3]
-    most = found.isfinite().sum((1, 2))
-    return places_by_object(dataset.files, dataset).to(device), found[(most == most.max()) & (most > 0)]
+    found = find_places(dataset.files, dataset)
+    first = F.pad(found, (0, 0, 0, 3), value=torch.nan)[:, :3]
+    most = first.isfinite().sum((1, 2))
+    return places_by_object(dataset.files, dataset, found).to(device), first[(most == most.max()) & (most > 0)]
 
 
 def batch_blocks(size: int) -> int:
@@ -142,8 +143,11 @@ def _epoch_order(settings, examples, epoch):
     one order."""
     key = settings.seed, epoch, settings.object_shares
     if getattr(examples, "order", (None,))[0] != key:
-        generator = make_generator(settings.seed, "order", epoch, device=settings.device)
-        examples.order = key, _permute(examples.labels, settings.object_shares, generator)
+        # With shares it is made on the CPU, where the host need not wait for a GPU's counts of objects.
+        device = "cpu" if settings.object_shares else settings.device
+        generator = make_generator(settings.seed, "order", epoch, device=device)
+        order = _permute(examples.labels, settings.object_shares, generator)
+        examples.order = key, order.to(settings.device)
     return examples.order[1]
 
 
@@ -153,9 +157,9 @@ def _permute(labels, shares, generator):
     rows = torch.arange(len(labels), device=generator.device)
     if not shares:
         return permuted(rows)
-    chosen = []
+    count, chosen = labels.sum(1).to(rows.device), []
     for objects, share in enumerate(shares, 1):
-        group = rows[labels.sum(1) == objects]
+        group = rows[count == objects]
         wanted = round(share * len(rows)) if len(group) else 0
         chosen += [permuted(group) for _ in range(wanted // max(1, len(group)))]
         chosen.append(permuted(group)[: wanted % max(1, len(group))])

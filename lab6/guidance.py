@@ -59,14 +59,19 @@ class Step:
         """epsilon, v_prediction or sample."""
         return self.scheduler.config.prediction_type
 
-    def predict(self, labels: torch.Tensor, null: torch.Tensor | None, scale: float = 1.0, x_t=None) -> torch.Tensor:
+    def predict(self, labels: torch.Tensor, null: torch.Tensor | None, scale: float = 1.0, x_t=None, told=None):
         """What the network predicts at x_t (or another), in float32, from (k B, 24) labels: for the whole batch k times
-        in one pass. null: (k B,) bool or None; scale: s, for a distilled network."""
+        in one pass. null: (k B,) bool or None; scale: s, for a distilled network; told: (k B,) bool, whose places it is
+        told, default all."""
         x_t = self.x_t if x_t is None else x_t
         k = len(labels) // len(x_t)
         t = torch.full((len(labels),), self.time.item(), dtype=self.time.dtype, device=x_t.device)
-        told = {} if self.places is None else {"places": self.places.repeat(k, 1, 1)}
-        return self.denoiser(x_t.repeat(k, 1, 1, 1) if k > 1 else x_t, t, labels, null, scale, **told).float()
+        given = {}
+        if self.places is not None:
+            given["places"] = self.places.repeat(k, 1, 1)
+            if told is not None:
+                given["places"] = given["places"].masked_fill(~told[:, None, None], torch.nan)
+        return self.denoiser(x_t.repeat(k, 1, 1, 1) if k > 1 else x_t, t, labels, null, scale, **given).float()
 
     def null(self, value: bool) -> torch.Tensor | None:
         """(B,) bool: ignore the labels of every image, or of none; None where the network knows no null condition."""
@@ -153,7 +158,8 @@ class Composition(Guidance):
         single = F.one_hot(index.T, len(OBJECTS)).to(step.labels)  # (count, B, 24)
         labels = torch.cat([step.labels, single.flatten(0, 1)])
         null = torch.cat([step.null(True), step.null(False).repeat(count)])
-        uncond, *parts = step.predict(labels, null).chunk(count + 1)
+        # Without labels it is told no places either: those of the other objects would be taken away from each part.
+        uncond, *parts = step.predict(labels, null, told=~null).chunk(count + 1)
         there = present.T.view(count, -1, 1, 1, 1)
         return uncond + step.scale * (there * (torch.stack(parts) - uncond)).sum(0)
 

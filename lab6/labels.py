@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -56,9 +57,9 @@ def encode_places(label_sets, places) -> torch.Tensor:
     """Places of the objects of label sets, by object, as networks take them.
 
     Args:
-        label_sets: lists of labels.
-        places: for each label set one (x, y) in pixels of the 64 x 64 image for each label, in their order; None, or
-            nan, where an object may stand anywhere.
+        label_sets: one label set or a list of them; for places by object also (B, 24) multi-hot.
+        places: for each label of a set, in their order, (x, y) in pixels of the 64 x 64 image, or None where the object
+            may stand anywhere; a list of these for a list of label sets. Or by object, (B, 24, 2), nan for anywhere.
 
     Returns:
         (B, 24, 2) float32, nan where nothing is said.
@@ -66,6 +67,27 @@ def encode_places(label_sets, places) -> torch.Tensor:
     Raises:
         ValueError: not one place for each label, or one outside the image.
     """
+    if isinstance(places, torch.Tensor | np.ndarray):
+        encoded = torch.as_tensor(places).float().cpu()
+        count = len(label_sets) if isinstance(label_sets, torch.Tensor) else len(encode_labels(label_sets))
+        if encoded.shape != (count, len(OBJECTS), 2):
+            raise ValueError(f"places of shape {tuple(encoded.shape)}: expected {(count, len(OBJECTS), 2)}")
+    elif isinstance(label_sets, torch.Tensor):
+        raise ValueError("places in the order of the labels, but the labels are a tensor: name them, or give the "
+                         "places by object, (B, 24, 2)")  # fmt: skip
+    else:
+        encoded = _by_object(list(label_sets), places)
+    outside = (encoded < 0) | (encoded > 64)
+    if outside.any():
+        row, index = outside.any(2).nonzero()[0].tolist()
+        raise ValueError(f"place {tuple(encoded[row, index].tolist())} of {OBJECTS[index]!r} in label set {row}: x and "
+                         "y are pixels of the 64 x 64 image, from 0 to 64")  # fmt: skip
+    return encoded
+
+
+def _by_object(label_sets, places):
+    if isinstance(label_sets[0], str):
+        label_sets, places = [label_sets], [places]
     if len(label_sets) != len(places):
         raise ValueError(f"places of {len(places)} label sets for {len(label_sets)} label sets: give as many")
     encoded = torch.full((len(label_sets), len(OBJECTS), 2), torch.nan)
@@ -74,15 +96,10 @@ def encode_places(label_sets, places) -> torch.Tensor:
             raise ValueError(f"label set {row} has {len(names)} labels and {len(of_set)} places: give one for each, or "
                              "None where an object may stand anywhere")  # fmt: skip
         for name, place in zip(names, of_set, strict=True):
-            if place is not None and len(place) != 2:
-                raise ValueError(f"place {tuple(place)} of {name!r} in label set {row}: give x and y")
+            if place is not None and np.shape(place) != (2,):
+                raise ValueError(f"place {place!r} of {name!r} in label set {row}: give (x, y)")
             if place is not None:
                 encoded[row, OBJECTS.index(name)] = torch.as_tensor(place, dtype=torch.float32)
-    outside = (encoded < 0) | (encoded > 64)
-    if outside.any():
-        row, index = outside.any(2).nonzero()[0].tolist()
-        raise ValueError(f"place {tuple(encoded[row, index].tolist())} of {OBJECTS[index]!r} in label set {row}: x and "
-                         "y are pixels of the 64 x 64 image, from 0 to 64")  # fmt: skip
     return encoded
 
 

@@ -19,9 +19,9 @@ JITTER = 0.5
 def gaps(places: torch.Tensor) -> torch.Tensor:
     """The smallest distance between two objects of each layout, in pixels with y times 0.8: (..., n, 2) -> (...);
     infinite for a single object."""
-    scaled = places * torch.tensor([1.0, 0.8])
+    scaled = places * torch.tensor([1.0, 0.8], device=places.device)
     distances = (scaled[..., :, None, :] - scaled[..., None, :, :]).norm(dim=-1)
-    same = torch.eye(places.shape[-2], dtype=torch.bool)
+    same = torch.eye(places.shape[-2], dtype=torch.bool, device=places.device)
     return distances.masked_fill(same, torch.inf).flatten(-2).amin(-1)
 
 
@@ -49,10 +49,12 @@ def draw_places(labels: torch.Tensor, kind: str, layouts: torch.Tensor, generato
     layouts = layouts.float().cpu()
     if kind == "none" or layouts.isnan().all():
         return places
-    chooser = {count: _Chooser(layouts, kind, count) for count in labels.sum(1).int().unique().tolist()}
+    chooser = {count: _Chooser(layouts, kind, count) for count in labels.sum(1).int().unique().tolist() if count}
     generators = generators if isinstance(generators, list) else [generators] * len(labels)
     for row, (of_set, generator) in enumerate(zip(labels.cpu(), generators, strict=True)):
         present = of_set.nonzero().flatten()
+        if not len(present):
+            continue
         drawn = chooser[len(present)].draw(generator)
         places[row, present[torch.randperm(len(present), generator=generator)]] = drawn
     return places

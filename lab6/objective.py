@@ -53,19 +53,22 @@ class Balance:
     BINS, MEMORY, LOWEST, HIGHEST = 20, 0.99, 0.2, 5.0
 
     def __init__(self, steps: int, device: str):
-        self.steps, self.errors = steps, torch.ones(self.BINS, device=device)
+        self.steps, self.errors = steps, torch.ones(min(steps, self.BINS), device=device)
 
     def weights(self, t: torch.Tensor) -> torch.Tensor:
         """The weight of each time, (B,): 1 in the mean over all times, but within limits."""
         inverse = 1 / self.errors
-        return (inverse / inverse.mean()).clamp(self.LOWEST, self.HIGHEST)[t * self.BINS // self.steps]
+        return (inverse / inverse.mean()).clamp(self.LOWEST, self.HIGHEST)[self._bins(t)]
 
     def learn(self, t: torch.Tensor, errors: torch.Tensor):
         """Take the errors (B,) at times t into account; the host does not wait for a GPU."""
-        bins, zeros = t * self.BINS // self.steps, torch.zeros_like(self.errors)
+        bins, zeros = self._bins(t), torch.zeros_like(self.errors)
         count, total = zeros.index_add(0, bins, torch.ones_like(errors)), zeros.index_add(0, bins, errors)
         mean = torch.where(count > 0, total / count.clamp(min=1), self.errors)
         self.errors.lerp_(mean, 1 - self.MEMORY)
+
+    def _bins(self, t):
+        return t * len(self.errors) // self.steps
 
     def state_dict(self) -> dict:
         """What a checkpoint holds of it."""

@@ -20,7 +20,7 @@ def make_adamw(options: Training, network: nn.Module) -> torch.optim.Optimizer:
 
 def make_muon(options: Training, network: nn.Module) -> torch.optim.Optimizer:
     """Muon (Jordan et al. 2024) for the matrices and convolutions inside the network, whose updates it makes
-    orthogonal; AdamW for all else: the first and the last layer, embeddings, norms and biases.
+    orthogonal; AdamW for all else: the first and the last convolution, embeddings of objects, norms and biases.
 
     An update is scaled so that it is as large as AdamW's would be (Liu et al. 2025), hence the similar rates.
     """
@@ -30,8 +30,12 @@ def make_muon(options: Training, network: nn.Module) -> torch.optim.Optimizer:
     class PreciseMuon(Muon):
         """The library orthogonalises in half precision, which CPUs must emulate: four times as slow as this."""
 
+        # It overrides a private part: pyproject.toml holds the library to its minor version, a test to what it does.
+
         @staticmethod
         def _orthogonalize(group, updates):
+            if updates[0].device.type != "cpu":
+                return Muon._orthogonalize(group, updates)
             flat = (update.reshape(len(update), -1) for update in updates)
             return [zero_power_via_gram_newton_schulz(u, group["ns_steps"], dtype=torch.float32) for u in flat]
 

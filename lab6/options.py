@@ -1,8 +1,9 @@
 """Every setting, in groups, each with its default, its limits and what it means.
 
 `Settings` joins the groups. A function that needs only one group takes only that. Choices from a registry (schedules,
-samplers, conditionings, guidances) and rules across groups stand in settings.py. For `-p` and notebooks, a new field
-also goes into the first code cell of a notebook and into its call of make_settings. Stands on no other room.
+samplers, conditionings, guidances, optimisers, places) and rules across groups stand in settings.py. For `-p` and
+notebooks, a new field also goes into the first code cell of a notebook and into its call of make_settings. Stands on no
+other room.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ class Sampling(Options):
     # what the classifier sees: the x_0 that the network predicts, or x_t
     classifier_input: str = option("x_0", "x_0", "x_t", resumable=True)
     # where objects stand, for a network that is told: as in training scenes, so that none hides another, or not told
-    places: str = option("natural", "natural", "separated", "none", resumable=True)
+    places: str = option("natural", resumable=True)  # one of PLACES
     ddpm_images: int = count(4, resumable=True)  # how many images notebook 04 samples with all T ancestral steps
 
     def check(self):

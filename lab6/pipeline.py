@@ -18,7 +18,7 @@ from lab6.autoencoder import decode_latents
 from lab6.denoiser import Denoiser
 from lab6.diffusion import SAMPLERS, to_x_0
 from lab6.guidance import GUIDANCES, Step, steps_with_guidance
-from lab6.labels import decode_labels, encode_labels, encode_places, to_pil
+from lab6.labels import encode_labels, encode_places, to_pil
 from lab6.layouts import draw_places
 from lab6.machine import make_generator
 
@@ -82,15 +82,17 @@ class ICLEVRPipeline(DiffusionPipeline):
             classifier_input: what the classifier sees, "x_0" (as predicted at x_t, with the gradient through the
                 network, in the same pass) or "x_t", which it was not trained on.
             places: where the objects stand, for a network that is told (conditioning="layout"): an (x, y) in pixels for
-                each label of a set, in their order, or None where an object may stand anywhere; or (B, 24, 2), nan for
-                anywhere; or a way to draw them (see `draw_places`): "natural", the default, "separated" or "none".
+                each label of a set, in their order, or None where an object may stand anywhere; or by object, (B, 24,
+                2) (see `encode_places`); or a way to draw them (see `draw_places`): "natural", the default, "separated"
+                or "none".
             generator: one, or one for each image, which makes an image independent of its batch.
             output_type: "pil" or "pt" ((B, 3, 64, 64) float32 in [-1, 1], on the CPU).
             return_process: also return the states on the way (see `ICLEVROutput`).
             callback_on_step_end: called as f(pipe, step, t, {"x_t": x_t}).
         """
         self._check(num_inference_steps, guidance, guidance_scale, classifier_input, output_type)
-        names, labels = labels, labels if isinstance(labels, torch.Tensor) else encode_labels(labels)
+        names = labels if isinstance(labels, torch.Tensor) else list(labels)
+        labels = names if isinstance(names, torch.Tensor) else encode_labels(names)
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ValueError(f"{len(generator)} generators for {len(labels)} label sets: give one for each")
         places = self._choose_places(places, names, labels, generator)
@@ -152,19 +154,15 @@ class ICLEVRPipeline(DiffusionPipeline):
 
     def _choose_places(self, places, names, labels, generator):
         """(B, 24, 2) on the CPU, or None for a network that is not told."""
+        drawn = places is None or isinstance(places, str)
         if not self.takes_places:
-            if places not in (None, "none"):
-                raise ValueError('this network is not told where objects stand: use places=None, or preset="layout"')
-            return None
-        if isinstance(places, torch.Tensor):
-            if places.shape != (*labels.shape, 2):
-                raise ValueError(f"places of shape {tuple(places.shape)}: expected {(*labels.shape, 2)}")
-            return places.float().cpu()
-        if places is None or isinstance(places, str):
-            return draw_places(labels, places or "natural", self.denoiser.condition.layouts, _for_places(generator))
-        names = names if isinstance(names, list | tuple) else decode_labels(labels)
-        single = isinstance(names[0], str)
-        return encode_places([names] if single else names, [places] if single else places)
+            if drawn and places in (None, "none"):
+                return None
+            raise ValueError('this network is not told where objects stand: use places=None, or preset="layout"')
+        own = _for_places(generator)  # also where places are given, so that the noise does not depend on that
+        if drawn:
+            return draw_places(labels, places or "natural", self.denoiser.condition.layouts, own)
+        return encode_places(names, places)
 
     @property
     def guidances(self) -> tuple[str, ...]:

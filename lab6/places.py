@@ -53,10 +53,11 @@ def find_places(files: DataFiles, dataset: ICLEVRDataset) -> torch.Tensor:
     return places
 
 
-def places_by_object(files: DataFiles, dataset: ICLEVRDataset) -> torch.Tensor:
-    """What `find_places` finds, by object as networks take it: (N, 24, 2), nan for what is not in the image."""
+def places_by_object(files: DataFiles, dataset: ICLEVRDataset, found: torch.Tensor | None = None) -> torch.Tensor:
+    """What `find_places` finds, or has `found`, by object as networks take it: (N, 24, 2), nan for what is not in the
+    image."""
     names = [files.train[name] for name in dataset.names]
-    found = find_places(files, dataset).tolist()
+    found = (find_places(files, dataset) if found is None else found).tolist()
     return encode_places(names, [places[: len(of)] for of, places in zip(names, found, strict=True)])
 
 

@@ -34,8 +34,8 @@ SMALL_TOKENS = {
     "shipped": _MINUTE,
     "full": {},
 }
-# A batch of 32 keeps a GPU waiting for its kernels to be launched. The learning rate grows with the root of the batch's
-# size, and the epochs so that there are half as many steps. (The quality of this has not been tested.)
+# A batch of 32 keeps a GPU waiting for its kernels to be launched. The learning rates grow with the root of the batch's
+# size; a larger batch has fewer steps in an epoch, so there are more epochs. (The quality of this has not been tested.)
 _ON_A_GPU = dict(batch_size=128, learning_rate=1.6e-3, muon_learning_rate=3e-3, epochs=200)
 
 

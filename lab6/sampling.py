@@ -12,7 +12,7 @@ import torch
 
 from lab6.diffusion import NOT_WITH_ZERO_SNR, SAMPLERS, make_sampler, make_scheduler
 from lab6.guidance import GUIDANCES, guidance_kind, steps_with_guidance
-from lab6.labels import encode_labels
+from lab6.labels import encode_labels, encode_places
 from lab6.machine import autocast, make_generator, progress
 from lab6.pipeline import ICLEVRPipeline
 from lab6.settings import Settings
@@ -26,8 +26,7 @@ def sample(pipe: ICLEVRPipeline, label_sets, settings: Settings, seed: int = 0, 
     """Images of `label_sets`: (B, 3, 64, 64) in [-1, 1]; the same seed gives image i the same noise.
 
     Args:
-        overrides: arguments of the pipeline, in place of `settings`' steps, guidance and places; `places` also as
-            (B, 24, 2), those of each label set.
+        overrides: arguments of the pipeline, in place of `settings`' steps, guidance and places.
     """
     return _sample_seeds(pipe, label_sets, settings, [seed], overrides)[0]
 
@@ -99,6 +98,8 @@ def _sample_seeds(pipe, label_sets, settings, seeds, overrides):
     options = {name: getattr(settings, name) for name in names} | dict(num_inference_steps=settings.steps)
     options |= dict(places=places_of(pipe, settings)) | overrides
     places = options.pop("places")
+    if places is not None and not isinstance(places, str):
+        places = encode_places(label_sets, places)
     together = [seeds] if settings.device == "cuda" else [[seed] for seed in seeds]
     groups = [[(seed, i) for seed in group for i in range(len(labels))] for group in together]
     pipe.set_progress_bar_config(disable=True)

@@ -1,7 +1,7 @@
 """One frozen record of all settings, made from a profile, a preset and overrides.
 
 Joins the groups of options, checks choices from registries and rules across groups. Stands on guidance, conditioning,
-diffusion, machine, optimizers, presets, options and storage.
+diffusion, machine, layouts, optimizers, presets, options and storage.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from lab6.conditioning import CONDITIONINGS
 from lab6.diffusion import NOT_WITH_ZERO_SNR, SAMPLERS, SCHEDULES
 from lab6.guidance import GUIDANCES, guidance_kind
+from lab6.layouts import PLACES
 from lab6.machine import computes_bf16, find_device, has_cuda
 from lab6.optimizers import OPTIMIZERS
 from lab6.options import Data, Run, Sampling, Scoring, System, Training, option_types
@@ -23,7 +24,7 @@ from lab6.storage import ROOT, folder_named_by, runs_folder
 #: Options whose values come from a registry: what is entered there can be chosen at once.
 REGISTRIES = {
     "profile": PROFILES, "preset": PRESETS, "conditioning": CONDITIONINGS, "schedule": SCHEDULES, "sampler": SAMPLERS,
-    "guidance": GUIDANCES, "optimizer": OPTIMIZERS,
+    "guidance": GUIDANCES, "optimizer": OPTIMIZERS, "places": PLACES,
 }  # fmt: skip
 
 
@@ -52,6 +53,12 @@ class Settings(Scoring, Sampling, Training, Data, System, Run):  # dataclasses p
                 f"torch_compile=True with device={self.device!r}: it is for a GPU (on a CPU, torch 2.13 compiles "
                 "networks that lose most of their gradients); use torch_compile=False"
             )
+        if self.start and self.teacher:
+            raise ValueError(f"start={self.start!r} with teacher={self.teacher!r}: a distilled network begins as its "
+                             "teacher; use start=''")  # fmt: skip
+        if self.places == "separated" and not CONDITIONINGS[self.conditioning].blob_channels:
+            raise ValueError(f"places='separated' with conditioning={self.conditioning!r}: this network is not told "
+                             "where objects stand; use conditioning='layout', or places='natural'")  # fmt: skip
         if self.flip and self.space == "latents":
             raise ValueError("flip=True with space='latents': a mirrored latent is not that of the mirrored image")
         crossing = [name for name in ("attention", "up_attention") if "cross" in getattr(self, name)]

@@ -35,7 +35,7 @@ class Epoch:
     epochs: int
     step: int
     images_seen: int
-    loss: float  # mean squared error of the prediction, weighted as `loss_weights` says, over the epoch
+    loss: float  # mean squared error of the prediction over the epoch, weighted by `loss_weights` or `Balance`
     learning_rate: float
     images_per_s: float
     seconds_left: float
@@ -102,9 +102,9 @@ class TrainingState:
 def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool = True):
     """Train `settings`' denoiser on `dataset`; a generator that yields an `Epoch` after each epoch.
 
-    Each epoch is checkpointed in `folder` (checkpoint.pt, history.json, TensorBoard's events), long ones every
-    `checkpoint_minutes`, and a later call with the same folder continues there, bit for bit on one CPU. `epochs` may be
-    changed in between.
+    Each epoch is checkpointed in `folder` (checkpoint.pt, history.json, TensorBoard's events), in a single process long
+    ones every `checkpoint_minutes`, too, and a later call with the same folder continues there, bit for bit on one CPU.
+    `epochs` may be changed in between.
     `folder`/pipeline holds the pipeline with the EMA weights: at the end those of the last epoch, or, with keep="best",
     those of the epoch with the least loss so far; keep="every" also leaves `folder`/epochs/NNNN.
 
@@ -130,7 +130,7 @@ def _train(settings, dataset, folder, resume, accelerator):
     saved = read_checkpoint(settings, data, folder) if resume else None
     done, size = len(saved["history"]) if saved else 0, min(settings.batch_size, len(dataset))
     steps, part = len(dataset) // size, (accelerator.process_index, accelerator.num_processes)
-    _check_processes(done, size, part[1], folder)
+    _check_processes((done, (saved or {}).get("part")), size, part[1], folder)
     if done and saved["history"][-1]["step"] != done * steps:  # a checkpoint that does not know its data
         raise ValueError(f"{folder} was trained on another number of images; use the same data, or name another run")
     if done >= settings.epochs:
@@ -166,7 +166,7 @@ def _check_processes(done, size, processes, folder):
         raise ValueError(
             f"batch_size={size} cannot be split evenly over {processes} processes: use a multiple of {processes}"
         )
-    if len(set(gather_object([done]))) > 1:
+    if len(set(map(str, gather_object([done])))) > 1:
         raise ValueError(f"the processes find different checkpoints in {folder}: it must be a folder that they share")
 
 
@@ -206,7 +206,8 @@ def _one_epoch(settings, state, network, loss_at, epoch, steps, accelerator, kee
         state.optimizer.zero_grad()
         state.ema.step(state.model.parameters())
         losses += loss.detach()  # no .item(): the host would wait for the device at every step
-        if (now := time.perf_counter()) - kept > 60 * settings.checkpoint_minutes:
+        due = (now := time.perf_counter()) - kept > 60 * settings.checkpoint_minutes
+        if due and accelerator.num_processes == 1:  # several would each ask their own clock
             kept = now
             state.part = dict(steps=step + 1 - epoch * steps, losses=losses.item(), seconds=before + now - start)
             keep()

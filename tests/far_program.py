@@ -65,7 +65,7 @@ def training_waits(folder):
     training.loss_weights = lambda *_, right=training.loss_weights: right(*_) if fault != "weights" else Stuck()
     training.open_examples = lambda *_, right=examples.open_examples: labels_stay(right(*_), fault == "labels")
     for fault, preset in (("none", "tokens"), ("none", "layout"), ("labels", "tokens"), ("weights", "tokens")):
-        epochs = lab.train(settings_on_far(preset=preset, object_shares=()), Pictures(), folder / fault / preset)
+        epochs = lab.train(settings_on_far(preset=preset), Pictures(), folder / fault / preset)
         next(epochs)
         far.WAITS.clear()
         last = next(epochs)

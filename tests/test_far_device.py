@@ -29,7 +29,10 @@ def test_training_waits_once_an_epoch(tmp_path):
     found = on_far(tmp_path, "training")
     for preset in ("tokens", "layout"):
         waits = found[f"none, {preset}"]["waits"]
-        assert list(waits.values()) == [1] and "training.py" in next(iter(waits)), waits
+        of_order = {place for place in waits if "examples.py" in place}  # of shares of objects, once an epoch
+        assert len(of_order) <= (2 if preset == "layout" else 0), waits
+        (place,) = waits.keys() - of_order
+        assert set(waits.values()) == {1} and "training.py" in place, waits
         assert 0 < found[f"none, {preset}"]["loss"] < 2
     for fault in ("labels, tokens", "weights, tokens"):  # those of the batch, or of the loss, that stay on the CPU
         assert 5 in found[fault]["waits"].values(), f"a wait in each step: {found[fault]['waits']}"

@@ -172,3 +172,15 @@ def test_a_model_without_null_condition_refuses_guidance(scale):
     assert draw(pipe, steps=1).shape == (3, 3, 64, 64)
     with pytest.raises(ValueError, match="use guidance_scale=1"):
         draw(pipe, guidance_scale=scale)
+
+
+def test_composition_tells_no_places_without_labels():
+    """Otherwise the other objects' places would be taken away from each object's part."""
+    pipe, seen = make_pipeline(tiny(preset="layout")), []
+    forward = pipe.denoiser.forward
+    pipe.denoiser.forward = lambda *a, places, **k: seen.append((a[3], places)) or forward(*a, places=places, **k)
+    names = ["red sphere", "cyan cube"]
+    pipe(names, 1, guidance="composition", guidance_scale=2.0, places=[(20, 30), (44, 34)], output_type="pt")
+    ((null, places),) = seen
+    assert null.tolist() == [True, False, False]
+    assert places[0].isnan().all() and (places[1:].isfinite().sum((1, 2)) == 4).all()

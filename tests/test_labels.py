@@ -78,7 +78,7 @@ def test_places_by_object():
         ([[(1, 2)]], "label set 0 has 2 labels and 1 places"),
         ([[(1, 2), (3, 4)]] * 2, "places of 2 label sets for 1 label sets"),
         ([[(1, 2), (3, 65)]], "place (3.0, 65.0) of 'red sphere' in label set 0: x and y are pixels"),
-        ([[(1, 2), (1, 2, 3)]], "place (1, 2, 3) of 'red sphere' in label set 0: give x and y"),
+        ([[(1, 2), (1, 2, 3)]], "place (1, 2, 3) of 'red sphere' in label set 0: give (x, y)"),
     ],
 )
 def test_places_that_cannot_be(places, words):

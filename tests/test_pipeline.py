@@ -194,8 +194,12 @@ def test_an_image_has_its_places_and_noise_whatever_its_batch(told):
     for i, alone in enumerate(own):
         torch.testing.assert_close(alone.images[0], both.images[i], atol=1e-5, rtol=0)
         torch.testing.assert_close(alone.places[0], both.places[i], equal_nan=True)
-    bare = call(told, [SETS[1], SETS[2]], places="none", return_process=True)
-    assert torch.equal(bare.process[0], both.process[0]), "the noise does not depend on how places are chosen"
+    for places in ("none", [[(20, 30)] * len(names) for names in SETS[1:3]]):
+        bare = call(told, [SETS[1], SETS[2]], places=places, return_process=True)
+        assert torch.equal(bare.process[0], both.process[0]), "the noise does not depend on how places are chosen"
+        drawn = [told(SETS[2], 2, generator=lab.make_generator(5), places=p, output_type="pt", return_process=True)
+                 for p in ("natural", "none", [(20, 30)] * len(SETS[2]))]  # fmt: skip
+        assert all(torch.equal(each.process[0], drawn[0].process[0]) for each in drawn)
     generator = lab.make_generator(5)
     first, second = (told(SETS[2], 2, generator=generator, output_type="pt") for _ in range(2))
     assert not torch.equal(first.places.nan_to_num(), second.places.nan_to_num())
@@ -214,7 +218,10 @@ def test_every_guidance_knows_the_places(told, kind):
     [
         ("left", "places='left': choose from"),
         ([(1, 2)], "1 places"),
+        ((20, 30), "place 20 of 'red sphere' in label set 0: give (x, y)"),
+        ([(20, 30), (20, float("inf"))], "from 0 to 64"),
         (torch.zeros(1, 24), "places of shape (1, 24): expected (1, 24, 2)"),
+        (np.full((1, 24, 2), 70.0), "place (70.0, 70.0)"),
     ],
 )
 def test_places_that_cannot_be(told, places, words):
@@ -223,8 +230,18 @@ def test_places_that_cannot_be(told, places, words):
     assert words in str(error.value)
 
 
+def test_places_of_labels_that_are_a_tensor(told):
+    """There is no order in which they were named."""
+    labels = lab.encode_labels(["red sphere", "cyan cube"])
+    with pytest.raises(ValueError, match="the labels are a tensor: name them"):
+        call(told, labels, places=[(20, 30), (44, 34)])
+    by_object = lab.encode_places(["red sphere", "cyan cube"], [(20, 30), (44, 34)])
+    one, other = (call(told, labels, places=places).images for places in (by_object, by_object.numpy()))
+    assert torch.equal(one, other)
+
+
 def test_a_network_that_is_not_told_takes_no_places(pipe):
-    for places in ("natural", [(20, 30)]):
+    for places in ("natural", [(20, 30)], np.zeros((1, 24, 2))):
         with pytest.raises(ValueError, match="not told where objects stand"):
             pipe(["red sphere"], 2, places=places)
     assert pipe(["red sphere"], 2, places="none").places is None

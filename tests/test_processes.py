@@ -39,21 +39,21 @@ def train(tmp_path):
     """Run `run_notebooks.py --train` in so many processes, into a folder."""
     data = make_data(tmp_path / "data", scenes=range(12))
 
-    def start(processes, folder, *arguments, program=PROGRAM):
+    def start(processes, folder, *arguments, program=PROGRAM, preset="tokens"):
         (tmp_path / "program.py").write_text(program)
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *(torchrun if processes > 1 else []), str(tmp_path / "program.py"), "--train"]
         folder.mkdir(exist_ok=True)
         environment = os.environ | dict(LAB6_DATA=str(data), LAB6_RUNS=str(folder), PYTHONPATH=str(lab.ROOT))
         environment |= dict(OMP_NUM_THREADS="1")
-        command += ["--profile", "tiny", *arguments]
+        command += ["--profile", "tiny", "-p", f"preset={preset}", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     return start
 
 
-def losses(folder):
-    return [record["loss"] for record in json.loads((folder / "tiny" / "tokens" / "history.json").read_text())]
+def losses(folder, preset="tokens"):
+    return [record["loss"] for record in json.loads((folder / "tiny" / preset / "history.json").read_text())]
 
 
 def test_two_processes_train_as_one_does(train, tmp_path):
@@ -78,6 +78,18 @@ def test_two_processes_train_as_one_does(train, tmp_path):
     done = train(2, two, "-p", "epochs=4", "-p", "resume=yes", "-p", "schedule=sigmoid")
     assert done.returncode and "belongs to other settings" in done.stderr, "a run of other settings is left alone"
     assert len(losses(two)) == 3
+
+
+def test_two_processes_balance_the_loss_as_one_does(train, tmp_path):
+    """The preset layout: places, shares of objects, and weights from the errors of all processes."""
+    for count in (1, 2):
+        done = train(count, tmp_path / str(count), preset="layout")
+        assert done.returncode == 0, done.stderr
+    one, two = (losses(tmp_path / str(count), "layout") for count in (1, 2))
+    assert one == pytest.approx(two, rel=1e-2)
+    errors = [torch.load(tmp_path / str(count) / "tiny" / "layout" / "checkpoint.pt", weights_only=True)["balance"]
+              for count in (1, 2)]  # fmt: skip
+    torch.testing.assert_close(*errors, rtol=1e-2, atol=1e-3)
 
 
 def test_every_process_prints_its_error(train, tmp_path):

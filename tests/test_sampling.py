@@ -104,9 +104,10 @@ def test_label_sets_are_sampled_at_their_places(tmp_path):
     """Given places go with their label sets through batches and seeds; drawn ones are the seed's own."""
     settings = tiny(preset="layout", seeds=2)
     pipe = make_pipeline(settings)
+    pipe.denoiser.condition.remember(torch.tensor([[[32.0, 28], [10 + i, 26], [54, 40 - i]] for i in range(8)]))
     sets = [["red cube"], ["blue sphere"]]
     given = lab.encode_places(sets, [[(10, 20)], [(50, 40)]])
-    images = lab.sample_seeds(pipe, sets, settings, places=given)
+    images = lab.sample_seeds(pipe, sets, settings, places=[[(10, 20)], [(50, 40)]])
     for seed in range(2):
         for i in range(2):
             alone = lab.sample(pipe, sets[: i + 1], settings, seed, places=given[: i + 1])[i]

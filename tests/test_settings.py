@@ -44,7 +44,7 @@ def test_profile_auto_needs_a_gpu_for_full(monkeypatch):
     recipe = lambda **given: [getattr(lab.make_settings(precision="fp32", **given), name)
                               for name in ("batch_size", "learning_rate", "epochs")]  # fmt: skip
     assert recipe() == [128, 1.6e-3, 200], "a GPU's own"
-    assert recipe(batch_size=32) == [32, 8e-4, 100] == recipe(device="cpu"), "all of it, or nothing"
+    assert recipe(batch_size=32) == [32, 8e-4, 50] == recipe(device="cpu"), "all of it, or nothing"
 
 
 @pytest.mark.parametrize("cuda, mps, device", [(1, 1, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
@@ -93,6 +93,8 @@ REFUSED = [
     (dict(channels=[8, 12, 16]), "divisible by norm_groups=8"),
     (dict(object_shares=(0.5, 0.4)), "object_shares=(0.5, 0.4): shares of images must add up to 1"),
     (dict(optimizer="sgd"), "optimizer='sgd': choose from adamw, muon"),
+    (dict(preset="tokens", places="separated"), "places='separated' with conditioning='tokens': this network is not told"),
+    (dict(preset="few-step", start="tokens"), "start='tokens' with teacher='tokens'"),
     (dict(places="left"), "places='left': choose from natural, separated, none"),
     (dict(conditioning="linear"), "cross-attention needs conditioning='layout' or 'tokens'"),
     (dict(label_dropout=1.0), "label_dropout=1.0: must be in [0, 1)"),
