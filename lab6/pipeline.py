@@ -81,10 +81,9 @@ class ICLEVRPipeline(DiffusionPipeline):
                 steps cost one pass, as without guidance.
             classifier_input: what the classifier sees, "x_0" (as predicted at x_t, with the gradient through the
                 network, in the same pass) or "x_t", which it was not trained on.
-            places: where the objects stand, for a network that is told (conditioning="layout"): an (x, y) in pixels for
-                each label of a set, in their order, or None where an object may stand anywhere; or by object, (B, 24,
-                2) (see `encode_places`); or a way to draw them (see `draw_places`): "natural", the default, "separated"
-                or "none".
+            places: where the objects stand, for a network that is told (conditioning="layout"): (x, y) in pixels or
+                None for each label, or by object (see `encode_places`); or how to draw them (see `draw_places`):
+                "natural", the default, "separated" or "none".
             generator: one, or one for each image, which makes an image independent of its batch.
             output_type: "pil" or "pt" ((B, 3, 64, 64) float32 in [-1, 1], on the CPU).
             return_process: also return the states on the way (see `ICLEVROutput`).
