@@ -223,7 +223,7 @@ def test_results_follow_the_design(run):
         assert low <= record["accuracy"] <= high
         if split not in HELD_OUT:
             assert (record["system"], record["seeds"], record["sampler"], record["steps"]) == ("layout", 2, "ddim", 4)
-            assert record["guidance"] == {"kind": "classifier-free", "scale": 1.5} and record["evaluations"] == 8
+            assert record["guidance"] == {"kind": "classifier-free", "scale": 2.0} and record["evaluations"] == 8
             assert record["places"] == "natural"
             assert re.fullmatch("[0-9a-f]{16}", record["weights_sha256"]) and record["images_seen"] == 96
         assert record["ci95_seeds"] is None, "two seeds are too few for an interval over seeds"
