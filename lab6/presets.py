@@ -76,11 +76,11 @@ _REPORT = dict(patch=1, head_dim=8, norm_groups=32, scale_shift=False, layers_pe
 #: What each system fixes in Settings; a field it leaves out keeps its default. Add a system here: profiles shrink it by
 #: themselves (see `_adapt`).
 PRESETS = {
-    # Ours: one token per object into cross-attention, their pooled embedding into the time embedding.
-    "tokens": dict(),
-    # Ours, also told where the objects stand; trained by Muon on more images of three objects, all times count alike.
+    # Ours: told which objects and where they stand; trained by Muon on more images of three objects, all times alike.
     "layout": dict(conditioning="layout", optimizer="muon", loss_weighting="balanced", object_shares=(0.2, 0.3, 0.5),
                    decay_fraction=0.35, epochs=50, sampler="ddim", steps=4, guidance_scale=2.0),
+    # Told the labels alone: one token per object into cross-attention, their pooled embedding into the time embedding.
+    "tokens": dict(),
     # Distilled from tokens: the scale is an input, and four DDIM steps do what twelve guided steps of its teacher do.
     "few-step": dict(teacher="tokens", student_steps=4, label_dropout=0.0, epochs=10, learning_rate=4e-4,
                      warmup_steps=50, decay_fraction=1.0, sampler="ddim", guidance_scale=5.0),

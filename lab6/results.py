@@ -48,7 +48,11 @@ def result_record(settings: Settings, pipe: ICLEVRPipeline | None, split: str, s
 
 
 def results_table(rows: list[dict]) -> str:
-    """A Markdown table of result records: accuracy with both intervals, and how it was measured."""
+    """A Markdown table of result records: accuracy with both intervals, and how it was measured; by system, natural
+    places before separated ones, many evaluations of the network before few."""
+    order = {name: number for number, name in enumerate(PRESETS)}
+    number = lambda r: (order.get(r["system"], len(order)), r.get("places") == "separated", -(r["evaluations"] or 0))
+    rows = sorted(rows, key=number)
     several, lines = len({r["system"] for r in rows if r["sampler"]}) > 1, []
     header = ["split", "accuracy", "95% over seeds", "95% over seeds and sets", "sampler", "guidance", "seeds",
               "evaluator"]  # fmt: skip
