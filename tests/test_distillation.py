@@ -126,7 +126,7 @@ def test_a_distilled_network_is_trained_and_evaluated_once_a_step(synthetic, tea
     "other, words",
     [
         (dict(channels=(16, 16, 16)), "its network differs from this run's in channels"),
-        (dict(schedule="linear"), "its network differs from this run's in trained_betas"),
+        (dict(schedule="linear"), "its network differs from this run's in its noise schedule"),
         (dict(prediction="sample"), "its network differs from this run's in prediction_type"),
     ],
 )
