@@ -71,7 +71,7 @@ REFUSED = [
     (dict(learning_rat=1e-3), "unknown setting 'learning_rat': did you mean 'learning_rate'"),
     (dict(xyzzy=1), "unknown setting 'xyzzy'"),
     (dict(profile="huge"), "profile='huge': choose from auto, tiny, quick, shipped, full"),
-    (dict(preset="token"), "preset='token': choose from tokens"),
+    (dict(preset="token"), "preset='token': choose from layout, tokens"),
     (dict(seed="0"), "seed='0': expected int"),
     (dict(seed=True), "seed=True: expected int"),
     (dict(seed=1.5), "seed=1.5: expected int"),
