@@ -3,8 +3,8 @@
 To train on something new, write a class like `ImageExamples`, with an example for each image of the dataset: its
 length, `labels` (N, 24) on the device, `autoencoder`, `places` and `layouts` (or None; `open_examples` finds them),
 `prepare(denoiser)`, and `batch(rows, t, noise, scheduler)`, which returns x_0, eps, t and scale. Open it in
-`open_examples`, by a setting of its own (options.py). Stands on distillation, autoencoder, places, dataset, settings,
-conditioning and machine.
+`open_examples`, by a setting of its own (options.py). Stands on distillation, autoencoder, places, dataset, settings
+and machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from lab6.autoencoder import LatentDataset, load_autoencoder
-from lab6.conditioning import CONDITIONINGS
 from lab6.dataset import ICLEVRDataset
 from lab6.distillation import open_trajectories
 from lab6.machine import make_generator
@@ -59,7 +58,7 @@ def open_examples(settings: Settings, dataset: ICLEVRDataset, folder: Path):
         examples = LatentDataset(dataset, autoencoder)
     else:
         examples = ImageExamples(dataset, settings.device)
-    if CONDITIONINGS[settings.conditioning].blob_channels:
+    if settings.takes_places:
         examples.places, examples.layouts = _find_places(dataset, settings.device)
     return examples
 

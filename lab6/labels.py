@@ -65,13 +65,13 @@ def encode_places(label_sets, places) -> torch.Tensor:
         (B, 24, 2) float32, nan where nothing is said.
 
     Raises:
-        ValueError: not one place for each label, or one outside the image.
+        ValueError: labels as `encode_labels` refuses them, not one place for each label, or one outside the image.
     """
+    labels = label_sets if isinstance(label_sets, torch.Tensor) else encode_labels(label_sets)  # so names are checked
     if isinstance(places, torch.Tensor | np.ndarray):
         encoded = torch.as_tensor(places).float().cpu()
-        count = len(label_sets) if isinstance(label_sets, torch.Tensor) else len(encode_labels(label_sets))
-        if encoded.shape != (count, len(OBJECTS), 2):
-            raise ValueError(f"places of shape {tuple(encoded.shape)}: expected {(count, len(OBJECTS), 2)}")
+        if encoded.shape != (*labels.shape, 2):
+            raise ValueError(f"places of shape {tuple(encoded.shape)}: expected {(*labels.shape, 2)}")
     elif isinstance(label_sets, torch.Tensor):
         raise ValueError("places in the order of the labels, but the labels are a tensor: name them, or give the "
                          "places by object, (B, 24, 2)")  # fmt: skip

@@ -90,8 +90,7 @@ class ICLEVRPipeline(DiffusionPipeline):
             callback_on_step_end: called as f(pipe, step, t, {"x_t": x_t}).
         """
         self._check(num_inference_steps, guidance, guidance_scale, classifier_input, output_type)
-        names = labels if isinstance(labels, torch.Tensor) else list(labels)
-        labels = names if isinstance(names, torch.Tensor) else encode_labels(names)
+        names, labels = labels, labels if isinstance(labels, torch.Tensor) else encode_labels(labels)
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ValueError(f"{len(generator)} generators for {len(labels)} label sets: give one for each")
         places = self._choose_places(places, names, labels, generator)

@@ -1,14 +1,13 @@
 """results.json: a record for each measurement, and the tables made from them.
 
-Stands on evaluation, sampling, measures, pipeline, denoiser, figures, files, settings, guidance, conditioning, machine,
-presets and storage.
+Stands on evaluation, sampling, measures, pipeline, denoiser, figures, files, settings, guidance, machine, presets and
+storage.
 """
 
 from __future__ import annotations
 
 import json
 
-from lab6.conditioning import CONDITIONINGS
 from lab6.denoiser import count_parameters, make_denoiser
 from lab6.evaluation import Evaluation
 from lab6.figures import markdown_table
@@ -105,7 +104,7 @@ def results_of_presets(settings: Settings, kind: str) -> list[dict]:
         if kind == "trainings":
             return here.channels == whole.channels
         alike = (row["sampler"], row["steps"], row["guidance"]) == (here.sampler, here.steps, guidance_record(here))
-        told = here.places if CONDITIONINGS[here.conditioning].blob_channels else "none"
+        told = here.places if here.takes_places else "none"
         return alike and (row.get("places") or "none") == told and chosen["profile"] == whole_profile
 
     return list(filter(unchanged, load_results(settings, kind)))
@@ -133,7 +132,7 @@ def systems_table(settings: Settings) -> str:
         own = make_settings("full", preset=name, device="cpu")
         size = count_parameters(make_denoiser(own, "meta"))
         how = f"{own.sampler}, {own.steps} steps, guidance {describe_guidance(**guidance_record(own))}"
-        how += f", {own.places} places" if CONDITIONINGS[own.conditioning].blob_channels else ""
+        how += f", {own.places} places" if own.takes_places else ""
         lines.append([name, f"{size / 1e6:.1f} M", *REPORTED.get(name, "–––"), *cells, how, f"{seen:,}"])
     return markdown_table(header, lines)
 

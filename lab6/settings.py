@@ -56,7 +56,7 @@ class Settings(Scoring, Sampling, Training, Data, System, Run):  # dataclasses p
         if self.start and self.teacher:
             raise ValueError(f"start={self.start!r} with teacher={self.teacher!r}: a distilled network begins as its "
                              "teacher; use start=''")  # fmt: skip
-        if self.places == "separated" and not CONDITIONINGS[self.conditioning].blob_channels:
+        if self.places == "separated" and not self.takes_places:
             raise ValueError(f"places='separated' with conditioning={self.conditioning!r}: this network is not told "
                              "where objects stand; use conditioning='layout', or places='natural'")  # fmt: skip
         if self.flip and self.space == "latents":
@@ -111,6 +111,11 @@ class Settings(Scoring, Sampling, Training, Data, System, Run):  # dataclasses p
                 f"student_steps={self.student_steps}: must divide num_train_timesteps={self.num_train_timesteps} and "
                 f"teacher_steps={self.teacher_steps}"
             )
+
+    @property
+    def takes_places(self) -> bool:
+        """Is its network told where the objects stand? (A pipeline knows it of its own network.)"""
+        return CONDITIONINGS[self.conditioning].blob_channels > 0
 
     @property
     def runs(self) -> Path:

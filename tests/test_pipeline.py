@@ -230,6 +230,13 @@ def test_places_that_cannot_be(told, places, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("labels", ["red sphere", [["red spher"]]])
+def test_labels_are_checked_before_their_places(told, labels):
+    for ask in (lambda: told(labels, 2, places=[(20, 30)]), lambda: lab.encode_places(labels, [(20, 30)])):
+        with pytest.raises(ValueError, match=r"give a list of labels, such as|unknown label 'red spher'"):
+            ask()
+
+
 def test_places_of_labels_that_are_a_tensor(told):
     """There is no order in which they were named."""
     labels = lab.encode_labels(["red sphere", "cyan cube"])

@@ -44,7 +44,8 @@ def test_ten_steps_are_five_a_stop_and_five(small, straight, tmp_path):
     assert_same(state, checkpoint(straight[0]))
 
 
-def test_an_interruption_in_mid_epoch_loses_only_that_epoch(small, straight, tmp_path, monkeypatch):
+def interrupt_step_7(monkeypatch, settings, dataset, folder):
+    """Train until step 7 begins, where someone stops it. A later training goes on undisturbed."""
     whole = lab.training_batch
 
     def interrupted(settings, examples, scheduler, step, *rest):
@@ -52,13 +53,16 @@ def test_an_interruption_in_mid_epoch_loses_only_that_epoch(small, straight, tmp
             raise KeyboardInterrupt
         return whole(settings, examples, scheduler, step, *rest)
 
-    monkeypatch.setattr("lab6.training.training_batch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny(**VARIED), small, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lab6.training.training_batch", interrupted)
+        run(settings, dataset, folder)
+
+
+def test_an_interruption_in_mid_epoch_loses_only_that_epoch(small, straight, tmp_path, monkeypatch):
+    interrupt_step_7(monkeypatch, tiny(**VARIED), small, tmp_path)
     assert (
         [r["epoch"] for r in checkpoint(tmp_path)["history"]] == [1] == [r["epoch"] for r in lab.load_history(tmp_path)]
     )
-    monkeypatch.setattr("lab6.training.training_batch", whole)
     run(tiny(**VARIED), small, tmp_path)
     assert_same(checkpoint(tmp_path), checkpoint(straight[0]))
 
@@ -402,19 +406,10 @@ def test_a_long_epoch_is_continued_in_the_middle(scenes, tmp_path, monkeypatch):
     settings = tiny(**ALL_NEW, checkpoint_minutes=1e-9)
     dataset = lab.training_set(settings, lab.find_data())
     records = run(settings, dataset, tmp_path / "once")
-    whole = lab.training_batch
-
-    def interrupted(settings, examples, scheduler, step, *rest):
-        if step == 7:
-            raise KeyboardInterrupt
-        return whole(settings, examples, scheduler, step, *rest)
-
-    monkeypatch.setattr("lab6.training.training_batch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(settings, dataset, tmp_path / "twice")
+    interrupt_step_7(monkeypatch, settings, dataset, tmp_path / "twice")
     state = checkpoint(tmp_path / "twice")
     assert len(state["history"]) == 1 and state["part"]["steps"] == 2, "seven steps of two epochs of five"
-    seen = []
+    seen, whole = [], lab.training_batch
     monkeypatch.setattr("lab6.training.training_batch", lambda *a: seen.append(a[3]) or whole(*a))
     again = run(settings, dataset, tmp_path / "twice")
     assert seen == [7, 8, 9] and again[-1].loss == records[-1].loss
