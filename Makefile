@@ -13,6 +13,7 @@ PROFILE ?= auto
 BIN := .venv/bin
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable microsoft-edge
 APT := apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends
+MAKEFLAGS += --jobs=2  # the browser is installed while the packages are
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
 help:
@@ -28,6 +29,9 @@ test: .venv/installed browser
 EXPERIMENT := $(BIN)/python run_notebooks.py --profile shipped --only 06 -p preset=tokens -p max_images=0 \
   -p epochs=2 -p batch_size=32 -p steps=10 --sweep seed=0,1
 SMALL := channels=[32,48,64]
+# A small layout, for one epoch, with one part of its recipe changed.
+RECIPE := $(BIN)/python run_notebooks.py --profile shipped --only 06 -p preset=layout -p max_images=0 -p epochs=1 \
+  -p batch_size=32 -p seeds=2 --sweep
 
 experiments: .venv/installed
 	$(EXPERIMENT) $(SMALL)
@@ -50,6 +54,10 @@ experiments: .venv/installed
 	$(EXPERIMENT) $(SMALL) guidance=none
 	$(EXPERIMENT) channels=[16,24,32] norm_groups=8
 	$(EXPERIMENT) channels=[48,64,96]
+	$(RECIPE) optimizer=muon,adamw
+	$(RECIPE) optimizer=muon conditioning=tokens
+	$(RECIPE) optimizer=muon loss_weighting=none
+	$(RECIPE) optimizer=muon object_shares=[]
 	$(BIN)/python run_notebooks.py --profile shipped --only 06 -p preset=linear-512 -p channels=[32,32,64,64] \
 	  -p epochs=1 -p max_images=12288 -p learning_rate=8e-4 -p sampler=ddim -p steps=50 -p seeds=4
 	$(BIN)/python run_notebooks.py --profile shipped --only 06 -p score=false \

@@ -30,7 +30,7 @@ _AT_A_TIME = 64
 
 def sample_trajectories(settings: Settings, labels: torch.Tensor, teacher: ICLEVRPipeline, part=(0, 1)) -> Path:
     """Let a teacher sample what a network is distilled from (see `Trajectories`), part by part, so that a run that was
-    stopped continues.
+    stopped continues. A teacher that is told places draws natural ones, in a share `place_dropout` of the parts none.
 
     Args:
         labels: (N, 24), of the training images.
@@ -42,19 +42,22 @@ def sample_trajectories(settings: Settings, labels: torch.Tensor, teacher: ICLEV
     from safetensors.torch import save_file
 
     how = (teacher.weights_sha256, settings.student_steps, settings.teacher_steps, settings.seed, MAX_GUIDANCE_SCALE,
-           "named streams")  # fmt: skip
+           settings.place_dropout, "named streams")  # fmt: skip
     name = hashlib.sha256(repr(how).encode() + labels.numpy().tobytes()).hexdigest()[:16]
     folder = settings.runs / "cache" / f"trajectories-{name}"
     parts = [(folder / f"{i:04d}.safetensors", i, of) for i, of in enumerate(labels.split(_AT_A_TIME))]
     missing = [each for each in parts[part[0] :: part[1]] if not each[0].exists()]
     for file, number, of in progress(missing, "the teacher samples", lines=True):
         generators = [make_generator(settings.seed, "trajectory", number, i) for i in range(len(of))]
-        scale = MAX_GUIDANCE_SCALE * torch.rand(1, generator=make_generator(settings.seed, "scale", number))
+        random = torch.rand(2, generator=make_generator(settings.seed, "scale", number))
+        scale, told = MAX_GUIDANCE_SCALE * random[:1], random[1] >= settings.place_dropout
         with autocast(settings):
-            states = teacher(of, settings.teacher_steps, scale.item(), generator=generators, output_type="pt",
-                             return_process=True).process  # fmt: skip
-        states = states[:: settings.teacher_steps // settings.student_steps].transpose(0, 1)
+            sampled = teacher(of, settings.teacher_steps, scale.item(), generator=generators, output_type="pt",
+                              places=None if told else "none", return_process=True)  # fmt: skip
+        states = sampled.process[:: settings.teacher_steps // settings.student_steps].transpose(0, 1)
         kept = {"states": states.half().contiguous(), "scale": scale}
+        if sampled.places is not None:
+            kept["places"] = sampled.places
         write_whole(file, lambda temporary, kept=kept: save_file(kept, temporary))
     return folder
 
@@ -67,9 +70,10 @@ class Trajectories:
         labels: (N, 24).
         states: (N, student_steps + 1, 3, 64, 64) float16, where each step of the distilled network begins and ends.
         scales: (N,), the s of each.
+        asked: (N, 24, 2), the places that the teacher was told, or None.
     """
 
-    autoencoder = places = layouts = None
+    autoencoder = places = layouts = None  # its places are not varied, and the teacher's weights bring its layouts
 
     def __init__(self, settings: Settings, labels: torch.Tensor, folder: Path, teacher: nn.Module | None = None):
         from safetensors.torch import load_file
@@ -78,9 +82,12 @@ class Trajectories:
         self.labels, shape = labels.to(settings.device), (len(labels), settings.student_steps + 1, 3, 64, 64)
         self.states = torch.empty(shape, dtype=torch.float16, device=settings.device)
         self.scales = torch.empty(len(labels), device=settings.device)
+        self.asked = torch.empty(*labels.shape, 2, device=settings.device) if settings.takes_places else None
         for i, rows in enumerate(torch.arange(len(labels)).split(_AT_A_TIME)):
-            kept = load_file(folder / f"{i:04d}.safetensors")
-            self.states[rows[0] : rows[-1] + 1], self.scales[rows[0] : rows[-1] + 1] = kept["states"], kept["scale"]
+            kept, part = load_file(folder / f"{i:04d}.safetensors"), slice(rows[0], rows[-1] + 1)
+            self.states[part], self.scales[part] = kept["states"], kept["scale"]
+            if settings.takes_places:
+                self.asked[part] = kept["places"]
 
     def __len__(self):
         return len(self.labels)
@@ -94,7 +101,7 @@ class Trajectories:
         from the beginning of a step to its end.
 
         Returns:
-            dict: x_0, eps (B, 3, 64, 64); t (B,), the times of the beginnings; scale (B,).
+            dict: x_0, eps (B, 3, 64, 64); t (B,), the times of the beginnings; scale (B,); places (B, 24, 2) or None.
         """
         steps = self.states.shape[1] - 1
         stride = scheduler.config.num_train_timesteps // steps
@@ -105,7 +112,8 @@ class Trajectories:
         number = steps - 1 - t // stride
         x_t, x_end = (self.states[rows, i].float() for i in (number, number + 1))
         x_0 = (x_end - b_end / b * x_t) / (a_end - b_end / b * a)
-        return dict(x_0=x_0, eps=(x_t - a * x_0) / b, t=t, scale=self.scales[rows])
+        places = None if self.asked is None else self.asked[rows]
+        return dict(x_0=x_0, eps=(x_t - a * x_0) / b, t=t, scale=self.scales[rows], places=places)
 
 
 def open_trajectories(settings: Settings, labels: torch.Tensor) -> Trajectories:

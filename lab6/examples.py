@@ -2,9 +2,9 @@
 
 To train on something new, write a class like `ImageExamples`, with an example for each image of the dataset: its
 length, `labels` (N, 24) on the device, `autoencoder`, `places` and `layouts` (or None; `open_examples` finds them),
-`prepare(denoiser)`, and `batch(rows, t, noise, scheduler)`, which returns x_0, eps, t and scale. Open it in
-`open_examples`, by a setting of its own (options.py). Stands on distillation, autoencoder, places, dataset, settings
-and machine.
+`prepare(denoiser)`, and `batch(rows, t, noise, scheduler)`, which returns x_0, eps, t, scale and, where they are not
+the images', places. Open it in `open_examples`, by a setting of its own (options.py). Stands on distillation,
+autoencoder, places, dataset, settings and machine.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def open_examples(settings: Settings, dataset: ICLEVRDataset, folder: Path):
         FileNotFoundError: no autoencoder in `folder`, or no such teacher.
     """
     if settings.teacher:
-        examples = open_trajectories(settings, dataset.labels)
-    elif autoencoder := load_autoencoder(settings, folder):
+        return open_trajectories(settings, dataset.labels)
+    if autoencoder := load_autoencoder(settings, folder):
         examples = LatentDataset(dataset, autoencoder)
     else:
         examples = ImageExamples(dataset, settings.device)
@@ -123,8 +123,8 @@ def training_batch(settings: Settings, examples, scheduler: DDPMScheduler, step:
         "v_prediction": lambda: scheduler.get_velocity(x_0, eps, t),
         "sample": lambda: x_0,
     }[settings.prediction]()
-    return batch | dict(x_0=x_0, x_t=scheduler.add_noise(x_0, eps, t), target=target, labels=examples.labels[rows],
-                        null=null, places=places)  # fmt: skip
+    return dict(places=places) | batch | dict(x_0=x_0, x_t=scheduler.add_noise(x_0, eps, t), target=target,
+                                              labels=examples.labels[rows], null=null)  # fmt: skip
 
 
 def _vary_places(settings, places, rows, generator, mine, size):

@@ -79,12 +79,20 @@ def plot_images(images, titles=None, columns: int = 8, width: float = 8) -> Figu
 
 def show_figure(fig: Figure):
     """Show a figure in the notebook without keeping it in a file."""
-    from IPython.display import Image as Picture
-    from IPython.display import display
+    _display(fig, _draw(fig))
 
+
+def _draw(fig, metadata=None):
+    """The figure as the bytes of a PNG; drawing takes its time, so it is done once."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", bbox_inches="tight")
-    display(Picture(buffer.getvalue(), width=round(fig.get_figwidth() * 100)))
+    fig.savefig(buffer, format="png", bbox_inches="tight", metadata=metadata)
+    return buffer.getvalue()
+
+
+def _display(fig, png):
+    from IPython.display import Image, display
+
+    display(Image(png, width=round(fig.get_figwidth() * 100)))
 
 
 def save_figure(fig: Figure, name: str, settings: Settings, caption: str, **provenance):
@@ -108,9 +116,10 @@ def save_figure(fig: Figure, name: str, settings: Settings, caption: str, **prov
     )
     path = settings.figures / f"{name}.png"
     metadata = {"Title": name, "Description": json.dumps(facts, ensure_ascii=False), "Software": "lab6_utils"}
-    write_whole(path, lambda temporary: fig.savefig(temporary, format="png", bbox_inches="tight", metadata=metadata))
+    png = _draw(fig, metadata)
+    write_whole(path, lambda temporary: temporary.write_bytes(png))
     write_json(path.with_suffix(".json"), facts)
-    show_figure(fig)
+    _display(fig, png)
     display(Markdown(f"**Figure** `{name}`. {caption}"))
 
 

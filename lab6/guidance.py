@@ -23,7 +23,7 @@ if typing.TYPE_CHECKING:
     from lab6.options import Sampling
 
 #: Distilled networks are trained with guidance scales from 0 to this; other networks have no such limit.
-MAX_GUIDANCE_SCALE = 6.0
+MAX_GUIDANCE_SCALE = 4.0
 
 
 @dataclasses.dataclass

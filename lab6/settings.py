@@ -99,9 +99,11 @@ class Settings(Scoring, Sampling, Training, Data, System, Run):  # dataclasses p
         if not GUIDANCES[self.guidance].distilled:
             known = [name for name, way in GUIDANCES.items() if way.distilled]
             raise ValueError(f"guidance={self.guidance!r} for a distilled network: choose from {', '.join(known)}")
-        needs = dict(space="pixels", conditioning="tokens", label_dropout=0, flip=False, loss_weighting="none",
-                     sampler="ddim", steps=self.student_steps)  # fmt: skip
+        needs = dict(space="pixels", label_dropout=0, flip=False, loss_weighting="none", sampler="ddim",
+                     steps=self.student_steps)  # fmt: skip
         wrong = [f"{n}={value!r} (not {getattr(self, n)!r})" for n, value in needs.items() if getattr(self, n) != value]
+        if not CONDITIONINGS[self.conditioning].gives_tokens:
+            wrong.append(f"a conditioning that gives tokens (not {self.conditioning!r})")
         if not wrong and self.prediction == "epsilon":
             wrong = ["prediction='v_prediction' or 'sample', since at the last t eps says nothing about x_0"]
         if wrong:

@@ -1,5 +1,6 @@
 """Distillation: one step of the distilled network leads where several guided steps of its teacher do, at any scale."""
 
+import re
 import shutil
 
 import pytest
@@ -11,23 +12,29 @@ import lab6_utils as lab
 SETS = [["red cube"], ["blue sphere", "gray cube"], list(lab.MANUAL_SET)]
 
 
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    """A pipeline with random weights, as it would be trained."""
-    folder = tmp_path_factory.mktemp("teacher") / "pipeline"
-    make_pipeline(tiny()).save_pretrained(folder)
+@pytest.fixture(scope="module", params=["tokens", "layout"])
+def teacher_folder(request, tmp_path_factory):
+    """A pipeline with random weights, as it would be trained: told labels alone, or places too."""
+    folder = tmp_path_factory.mktemp(request.param) / "pipeline"
+    pipe = make_pipeline(tiny(preset=request.param))
+    if pipe.takes_places:
+        pipe.denoiser.condition.remember(torch.tensor([[[32.0, 28.0], [14.0, 34.0], [48.0, 40.0]]]))
+        torch.nn.init.normal_(pipe.denoiser.condition.blob.weight)  # so that places change something
+    pipe.save_pretrained(folder)
     return folder
 
 
 def distilled(folder, **choices):
+    """Settings of a network that is distilled from the pipeline in `folder`."""
     small = {name: getattr(tiny(), name) for name in ("channels", "token_dim", "norm_groups")}
+    small["conditioning"] = "layout" if "layout" in str(folder) else "tokens"
     return tiny(preset="few-step", teacher=str(folder), **small | choices)
 
 
 @pytest.fixture(scope="module")
 def trajectories(synthetic, teacher_folder, tmp_path_factory):
     """Trajectories of the teacher."""
-    settings = distilled(teacher_folder)
+    settings = distilled(teacher_folder, place_dropout=0.5)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("LAB6_RUNS", str(tmp_path_factory.mktemp("runs")))
         patched.setattr("lab6.distillation._AT_A_TIME", 10)  # several parts, each with an s of its own
@@ -57,10 +64,30 @@ def test_trajectories_are_what_the_teacher_samples(synthetic, teacher_folder, tr
     states = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("lab6.pipeline.randn_tensor", lambda *_, **__: trajectories.states[rows, 0].float())
-        teacher(synthetic.labels[rows], 12, trajectories.scales[0].item(), output_type="pt",
+        teacher(synthetic.labels[rows], 8, trajectories.scales[0].item(), output_type="pt",
+                places=None if trajectories.asked is None else trajectories.asked[rows],
                 callback_on_step_end=lambda pipe, i, t, seen: states.append(seen["x_t"]))  # fmt: skip
     for i in (1, 2, 3):
-        torch.testing.assert_close(states[3 * i - 1], trajectories.states[rows, i].float(), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(states[2 * i - 1], trajectories.states[rows, i].float(), rtol=1e-2, atol=1e-2)
+
+
+def test_the_network_is_told_the_places_that_its_teacher_was_told(synthetic, teacher_folder, trajectories):
+    settings = distilled(teacher_folder, place_dropout=0.5)
+    batch = lab.training_batch(settings, trajectories, lab.make_scheduler(settings), step=0)
+    if not settings.takes_places:
+        assert trajectories.asked is None and batch["places"] is None
+        return
+    asked = synthetic.labels.bool()
+    told = [
+        part[of].isfinite().all().item()
+        for part, of in zip(*(x.split(10) for x in (trajectories.asked, asked)), strict=True)
+    ]
+    assert set(told) == {True, False}, "in some parts places, in some none"
+    same = lambda row: any(torch.equal(row.nan_to_num(-1), each.nan_to_num(-1)) for each in trajectories.asked)
+    assert all(same(row) for row in batch["places"]), "neither moved nor left out"
+    network, trajectories.teacher = lab.make_denoiser(settings), lab.load_teacher(settings).denoiser
+    trajectories.prepare(network)
+    assert network.condition.layouts.isfinite().all(), "its pipeline needs no data to draw places"
 
 
 def test_one_step_arrives_where_the_teacher_did(teacher_folder, trajectories):
@@ -137,9 +164,10 @@ def test_a_teacher_of_another_kind(synthetic, teacher_folder, runs, other, words
 
 
 def test_a_teacher_that_a_crash_put_aside_is_found(teacher_folder, tmp_path):
-    shutil.copytree(teacher_folder, tmp_path / "pipeline.previous")
-    (tmp_path / "pipeline.lock").touch()
-    assert lab.load_teacher(distilled(tmp_path / "pipeline")).weights_sha256
+    folder = tmp_path / teacher_folder.parent.name
+    shutil.copytree(teacher_folder, folder / "pipeline.previous")
+    (folder / "pipeline.lock").touch()
+    assert lab.load_teacher(distilled(folder / "pipeline")).weights_sha256
 
 
 def test_no_such_teacher(synthetic, runs):
@@ -154,13 +182,13 @@ def test_no_such_teacher(synthetic, runs):
         (dict(teacher=""), "distillation needs both"),
         (dict(student_steps=0), "distillation needs both"),
         (dict(student_steps=3), "student_steps=3: must divide num_train_timesteps=1000"),
-        (dict(student_steps=8), "must divide num_train_timesteps=1000 and teacher_steps=12"),
+        (dict(student_steps=8, teacher_steps=12), "must divide num_train_timesteps=1000 and teacher_steps=12"),
         (dict(steps=20), "distillation needs steps=4"),
         (dict(sampler="ddpm"), "distillation needs sampler='ddim'"),
         (dict(flip=True), "distillation needs flip=False"),
         (dict(label_dropout=0.1), "distillation needs label_dropout=0"),
         (dict(prediction="epsilon"), "distillation needs prediction='v_prediction'"),
-        (dict(conditioning="linear", attention=["none"] * 3), "distillation needs conditioning='tokens'"),
+        (dict(conditioning="linear", attention=["none"] * 3), "needs a conditioning that gives tokens (not 'linear')"),
         (
             dict(guidance="composition"),
             "guidance='composition' for a distilled network: choose from none, classifier-free, classifier-2",
@@ -168,5 +196,5 @@ def test_no_such_teacher(synthetic, runs):
     ],
 )
 def test_what_distillation_needs(given, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=re.escape(words)):
         lab.make_settings("full", device="cpu", preset="few-step", **given)

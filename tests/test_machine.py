@@ -100,7 +100,9 @@ def test_no_two_purposes_share_a_random_stream(synthetic, runs, monkeypatch, tmp
         list(lab.train(settings, synthetic, folder))
     make_pipeline(tiny()).save_pretrained(tmp_path / "teacher")
     small = {name: getattr(tiny(), name) for name in ("channels", "token_dim", "norm_groups")}
-    few = tiny(preset="few-step", teacher=str(tmp_path / "teacher"), run="few", epochs=1, **small)
+    few = tiny(
+        preset="few-step", teacher=str(tmp_path / "teacher"), conditioning="tokens", run="few", epochs=1, **small
+    )
     list(lab.train(few, synthetic, lab.run_folder(few)))
     for name in ("resnet18", "judge"):
         list(lab.train_evaluator(tiny(), synthetic, tmp_path / name, name=name))

@@ -94,7 +94,7 @@ REFUSED = [
     (dict(object_shares=(0.5, 0.4)), "object_shares=(0.5, 0.4): shares of images must add up to 1"),
     (dict(optimizer="sgd"), "optimizer='sgd': choose from adamw, muon"),
     (dict(preset="tokens", places="separated"), "with conditioning='tokens': this network is not told where"),
-    (dict(preset="few-step", start="tokens"), "start='tokens' with teacher='tokens'"),
+    (dict(preset="few-step", start="tokens"), "start='tokens' with teacher='layout'"),
     (dict(places="left"), "places='left': choose from natural, separated, none"),
     (dict(conditioning="linear"), "cross-attention needs conditioning='layout' or 'tokens'"),
     (dict(label_dropout=1.0), "label_dropout=1.0: must be in [0, 1)"),
