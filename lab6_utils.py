@@ -39,7 +39,7 @@ import dataclasses
 
 # Saved pipelines name this module, and diffusers looks up here what kind of component each class is: without
 # ModelMixin no pipeline loads.
-from diffusers import DDPMScheduler, ModelMixin
+from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin
 from torch.nn import functional as F
 
 from lab6.labels import (
@@ -51,7 +51,8 @@ from lab6.files import (
 from lab6.dataset import crowded_scenes, ICLEVRDataset, training_set
 from lab6.places import FIRST_PLACE, place_of_change, find_places, places_by_object
 from lab6.diffusion import (
-    SCHEDULES, alphas_bar, snr, q_sample, to_x_0, make_scheduler, SAMPLERS, NOT_WITH_ZERO_SNR, make_sampler,
+    SCHEDULES, alphas_bar, snr, q_sample, to_x_0, to_eps, make_scheduler, DDIM, SAMPLERS, NOT_WITH_ZERO_SNR,
+    make_sampler, set_times,
 )
 from lab6.conditioning import (
     LinearCondition, MLPCondition, MultiHotCondition, TokenCondition, LayoutCondition, CONDITIONINGS,

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from lab6.autoencoder import decode_latents
 from lab6.denoiser import Denoiser
-from lab6.diffusion import SAMPLERS, to_x_0
+from lab6.diffusion import SAMPLERS, set_times, to_x_0
 from lab6.guidance import GUIDANCES, Step, steps_with_guidance
 from lab6.labels import encode_labels, encode_places, to_pil
 from lab6.layouts import draw_places
@@ -95,7 +95,7 @@ class ICLEVRPipeline(DiffusionPipeline):
             raise ValueError(f"{len(generator)} generators for {len(labels)} label sets: give one for each")
         places = self._choose_places(places, names, labels, generator)
         objects, labels = int(labels.sum(1).max()), labels.to(self.device)
-        self.scheduler.set_timesteps(num_inference_steps)  # on the CPU, where the host reads them without waiting
+        set_times(self.scheduler, num_inference_steps)  # on the CPU, where the host reads them without waiting
         given = dict(denoiser=self.denoiser, scheduler=self.scheduler, labels=labels, scale=guidance_scale,
                      objects=objects, decode=self._decode, classifier=self.classifier,
                      classifier_input=classifier_input,

@@ -13,9 +13,9 @@ PROFILES = {
     "tiny": dict(batch_size=8, epochs=2, max_images=48, steps=4, seeds=2, ddpm_images=1, evaluator_epochs=1,
                  evaluation_sets=4, rendered_scenes=24, evaluator_scenes=0),
     # the default without a GPU: shipped weights, a short training shown, few seeds
-    "quick": dict(epochs=6, max_images=1024, seeds=5, ddpm_images=2),
+    "quick": dict(epochs=4, max_images=1024, seeds=5, ddpm_images=2),
     # shipped weights, all seeds, a short training shown; writes figures/
-    "shipped": dict(epochs=16, max_images=1024, seeds=16),
+    "shipped": dict(epochs=12, max_images=1024, seeds=16),
     # trains everything; wants a GPU
     "full": dict(seeds=16, ddpm_images=32, rendered_scenes=6003),
 }  # fmt: skip
@@ -24,7 +24,7 @@ PROFILES = {
 # A network that shows something after a minute on a CPU. It sees few, large patches. It predicts x_0, since with so few
 # channels and steps it does not learn to reproduce the noise, which eps and v need.
 _MINUTE = dict(patch=4, channels=(48, 64, 96), attention=("none", "cross", "none"), prediction="sample", batch_size=16,
-               learning_rate=2e-3, warmup_steps=20, ema_decay=0.99)  # fmt: skip
+               learning_rate=2e-3, muon_learning_rate=4e-3, warmup_steps=20, ema_decay=0.99)  # fmt: skip
 
 
 #: What the profiles train in place of the presets `tokens` and `layout`.

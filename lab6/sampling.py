@@ -10,7 +10,7 @@ import signal
 
 import torch
 
-from lab6.diffusion import NOT_WITH_ZERO_SNR, SAMPLERS, make_sampler, make_scheduler
+from lab6.diffusion import NOT_WITH_ZERO_SNR, SAMPLERS, make_sampler, make_scheduler, set_times
 from lab6.guidance import GUIDANCES, guidance_kind, steps_with_guidance
 from lab6.labels import encode_labels, encode_places
 from lab6.machine import autocast, make_generator, progress
@@ -154,7 +154,7 @@ def count_evaluations(settings: Settings, labels: torch.Tensor, distilled: bool 
     """Evaluations of the network for each image of a batch with `labels` (B, 24); the backward passes of guidance by a
     classifier are not counted."""
     scheduler = make_sampler(settings.sampler, make_scheduler(settings))
-    scheduler.set_timesteps(settings.steps)
+    set_times(scheduler, settings.steps)
     acts, way = steps_with_guidance(scheduler, settings.guidance_interval), GUIDANCES[guidance_kind(settings)]
     guided = way.evaluations(int(labels.sum(1).max()), settings.guidance_scale, distilled)
     return len(acts) + sum(acts) * (guided - 1)

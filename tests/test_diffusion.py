@@ -1,13 +1,14 @@
 """lab6/diffusion.py: schedules and samplers agree with closed forms and with diffusers."""
 
 import inspect
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 import lab6_utils as lab
@@ -118,10 +119,10 @@ def test_the_scheduler_has_the_schedule(name, zero_snr, tmp_path):
 @pytest.mark.parametrize("name", lab.SAMPLERS)
 def test_a_sampler_is_the_same_after_any_other(name):
     fresh = lab.make_sampler(name, lab.make_scheduler(tiny()))
-    fresh.set_timesteps(10)
+    lab.set_times(fresh, 10)
     for before in lab.SAMPLERS:
         sampler = lab.make_sampler(name, lab.make_sampler(before, lab.make_scheduler(tiny())))
-        sampler.set_timesteps(10)
+        lab.set_times(sampler, 10)
         assert torch.equal(sampler.timesteps, fresh.timesteps)
         options = lambda s: {k: v for k, v in s.config.items() if k in inspect.signature(type(s).__init__).parameters}
         assert options(sampler) == options(fresh), "no option of the other came along"
@@ -132,7 +133,7 @@ def test_a_sampler_is_the_same_after_any_other(name):
 def test_samplers_start_at_the_noisiest_step(name, steps):
     scheduler = lab.make_scheduler(tiny())
     sampler = lab.make_sampler(name, scheduler)
-    sampler.set_timesteps(steps)
+    lab.set_times(sampler, steps)
     times = sampler.timesteps.tolist()
     if name == "heun":  # asks twice at every time but the first
         assert times[1::2] == times[2::2] and len(times) == 2 * steps - 1 and times[0] == 999
@@ -146,9 +147,70 @@ def test_samplers_start_at_the_noisiest_step(name, steps):
     assert sampler.config.prediction_type == "v_prediction"
 
 
+@pytest.mark.parametrize("T", [7, 100, 300, 1000])
+@pytest.mark.parametrize("name", lab.SAMPLERS)
+def test_as_many_times_as_asked_for_whatever_the_number(name, T):
+    """All are times of training, each below the one before, and sampling ends where the image is clean."""
+    sampler = lab.make_sampler(name, lab.make_scheduler(tiny(num_train_timesteps=T)))
+    for steps in range(1, T + 1) if name != "heun" else {1, 2, 5, T // 2, T - 1, T}:
+        lab.set_times(sampler, steps)
+        times = sampler.timesteps.numpy()
+        if name == "heun":
+            assert (times[1::2] == times[2::2]).all()
+            times = times[::2]
+        assert len(times) == steps and times[-1] >= 0 and times[0] <= T - 1 and (np.diff(times) < 0).all(), steps
+        if getattr(sampler, "sigmas", None) is not None:
+            assert len(sampler.sigmas) == len(sampler.timesteps) + 1 and sampler.sigmas[-1] == 0, steps
+
+
+SPREAD = 0.3  # standard deviation of data for which the best denoiser is known
+
+
+def spread_of_samples(name, steps, schedule):
+    """Standard deviation of what a sampler makes of noise with the exact denoiser of Gaussian data."""
+    sampler = lab.make_sampler(name, lab.make_scheduler(tiny(schedule=schedule)))
+    lab.set_times(sampler, steps)
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(8000, 1, 1, 1, generator=noise)
+    x = (x - x.mean()) / x.std() * sampler.init_noise_sigma
+    random = {"generator": noise} if "generator" in inspect.signature(sampler.step).parameters else {}
+    for i, t in enumerate(sampler.timesteps):
+        a = 1 / (1 + sampler.sigmas[i] ** 2) if t.is_floating_point() else sampler.alphas_cumprod[t]
+        x_t = sampler.scale_model_input(x, t)
+        x_0 = a.sqrt() * SPREAD**2 * x_t / (a * SPREAD**2 + 1 - a)
+        v = (a.sqrt() * x_t - x_0) / (1 - a).sqrt()
+        x = sampler.step(v, t, x, **random).prev_sample
+    return x.std().item()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("name", lab.SAMPLERS)
+def test_more_steps_come_nearer_to_the_truth(name, schedule):
+    """Also where T is no multiple of the steps, and with the 61 that diffusers makes 62."""
+    counts = (20, 50, 61, 100, 251, 501)
+    off = [abs(spread_of_samples(name, steps, schedule) / SPREAD - 1) for steps in counts]
+    chance = 0.012 if name == "ddpm" else 0.006
+    assert all(more < max(fewer, 0.01) + chance for fewer, more in zip(off, off[1:], strict=False)), off
+    # A step of first order is off by its length, whoever takes it.
+    assert max(off[1:] if name in ("dpm-solver++", "unipc", "heun") else off[4:]) < 0.035, off
+
+
+def test_ddim_is_that_of_diffusers_where_that_one_is_right():
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        noise = lab.make_scheduler(tiny(prediction=prediction))
+        own, theirs = lab.make_sampler("ddim", noise), DDIMScheduler.from_config(noise.config)
+        for sampler in (own, theirs):
+            sampler.set_timesteps(20)
+        x, said = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        for t, eta in itertools.product(own.timesteps, (0.0, 0.7)):
+            arrived = [s.step(said, t, x, eta=eta, generator=torch.Generator().manual_seed(1)).prev_sample
+                       for s in (own, theirs)]  # fmt: skip
+            torch.testing.assert_close(*arrived)
+
+
 def test_ancestral_sampling_takes_every_step():
     sampler = lab.make_sampler("ddpm", lab.make_scheduler(tiny(num_train_timesteps=100)))
-    sampler.set_timesteps(100)
+    lab.set_times(sampler, 100)
     assert sampler.timesteps.tolist() == list(range(99, -1, -1))
 
 

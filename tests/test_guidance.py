@@ -99,7 +99,7 @@ class Brightness:
 def test_algorithm_2_moves_eps(prediction, monkeypatch):
     """eps - s sqrt(1 - alpha_bar) grad, whatever the network predicts; the gradient of this classifier is constant."""
     pipe, classifier, predictions = make_pipeline(tiny(prediction=prediction)), Brightness(), []
-    pipe.scheduler.set_timesteps(2)
+    lab.set_times(pipe.scheduler, 2)
     times = pipe.scheduler.timesteps  # 999, 499: at the first there is nothing to read
     step = pipe.scheduler.step
     monkeypatch.setattr(
