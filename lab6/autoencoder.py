@@ -15,7 +15,7 @@ from torch import nn
 
 from lab6.dataset import ICLEVRDataset, data_facts
 from lab6.labels import to_float
-from lab6.machine import autocast, format_seconds, make_generator, progress, time_left
+from lab6.machine import autocast, check_finite, format_seconds, make_generator, progress, time_left
 from lab6.settings import Settings
 from lab6.storage import exclusive, read_json, replace_folder, write_json, write_whole
 
@@ -132,6 +132,7 @@ def _train_autoencoder(settings, dataset, folder, resume):
     done, total = len(history), settings.autoencoder_epochs
     for epoch in range(done, total):
         loss, error = _one_epoch(settings, dataset, epoch, size, **parts)
+        check_finite(f"the autoencoder's loss in epoch {epoch + 1}", torch.tensor([loss, error]))
         left = time_left(start, epoch + 1 - done, total - done)
         record = AutoencoderEpoch(epoch + 1, total, loss, error, seconds_left=left)
         history = [*history, dataclasses.asdict(record)]

@@ -1,6 +1,6 @@
 """What an evaluator found, over seeds and label sets: accuracies, intervals, errors. Notebook 05.
 
-Stands on evaluators, measures and labels.
+Stands on evaluators, measures, machine and labels.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from lab6.evaluators import Evaluator, count_hits, top_k
 from lab6.labels import COLOURS, OBJECTS, SHAPES, encode_labels
+from lab6.machine import check_finite
 from lab6.measures import bootstrap_intervals
 
 
@@ -132,6 +133,7 @@ def evaluate(evaluator: Evaluator, images: torch.Tensor, labels, groups=None) ->
     images = images if images.ndim == 5 else images[None]
     if images.shape[1] != len(labels):
         raise ValueError(f"{images.shape[1]} images a seed for {len(labels)} label sets: these must agree")
+    check_finite("a batch of images to be scored", images)
     probabilities = evaluator(images.flatten(0, 1)).unflatten(0, images.shape[:2])
     return Evaluation(probabilities, labels, evaluator.name, evaluator.sha256, groups)
 

@@ -16,7 +16,7 @@ from lab6.dataset import ICLEVRDataset, crowded_scenes, data_facts
 from lab6.evaluators import Evaluator, last_layer, make_evaluator_network
 from lab6.files import DataFiles, scene_of
 from lab6.labels import to_float
-from lab6.machine import autocast, format_seconds, make_generator, progress, time_left
+from lab6.machine import autocast, check_finite, format_seconds, make_generator, progress, time_left
 from lab6.settings import Settings
 from lab6.storage import WEIGHTS, exclusive, name_of, write_json, write_whole
 
@@ -88,6 +88,7 @@ def train_evaluator(settings: Settings, dataset: ICLEVRDataset, folder: Path, he
         order = torch.randperm(len(rows), generator=make_generator(settings.seed, f"{name} order", epoch))
         batches = rows[order.to(device)][: steps * size].split(size)
         loss = _one_epoch(settings, network, name, optimizer, schedule, pixels, labels, batches, epoch)
+        check_finite(f"the loss of {name} in epoch {epoch + 1}", torch.tensor(loss))
         accuracy = None
         if held_out is not None and len(held_out):
             accuracy = Evaluator(network, name, device=device).eval(to_float(held_out.pixels), held_out.labels)

@@ -1,7 +1,7 @@
 """Networks that say which objects are in an image, and the course's scoring protocol. Notebook 05.
 
 The evaluator is the course's ResNet-18, or ours of the same kind. The judge is another network, a DenseNet, which takes
-no part in training, choosing or guiding. Stands on files, labels and storage.
+no part in training, choosing or guiding. Stands on files, machine, labels and storage.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 
 from lab6.files import DataFiles
 from lab6.labels import OBJECTS
+from lab6.machine import check_finite
 from lab6.storage import WEIGHTS, from_project, sha256_of
 
 
@@ -86,6 +87,7 @@ class Evaluator:
                 f"dict under 'model'; {type(error).__name__}). Get the file again, or remove it: without the course's "
                 "checkpoint.pth ours is used."
             ) from None
+        check_finite(str(file), *network.parameters())
         return cls(network, name, sha256_of(file), device)
 
     @classmethod

@@ -114,7 +114,10 @@ def to_float(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] -> uint8 0 to 255, rounded; values outside are clipped."""
+    """[-1, 1] -> uint8 0 to 255, rounded; values outside are clipped. Raises ValueError for nan and inf."""
+    if not images.isfinite().all():  # they would turn black
+        raise ValueError("images hold numbers that are not finite (nan, inf): the network's weights, or the sampling, "
+                         "went wrong; use other weights")  # fmt: skip
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

@@ -74,6 +74,25 @@ def computes_bf16(device: str) -> bool:
     return device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
+@contextlib.contextmanager
+def enough_memory(batch_size: int):
+    """Within it, a GPU's memory that is too small raises RuntimeError, which names the setting to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise RuntimeError(
+            f"not enough GPU memory to train with batch_size={batch_size}: lower it (batch_size="
+            f"{max(1, batch_size // 2)} takes about half as much), or let other programs give theirs back"
+        ) from None
+
+
+def check_finite(what: str, *tensors: torch.Tensor):
+    """Raise ValueError where one of these holds a number that is not finite (nan, inf); `what` they are."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"{what} holds numbers that are not finite (nan, inf): it comes from a training or a sampling "
+                         "that went wrong; make it again")  # fmt: skip
+
+
 def autocast(options: Run):
     """Context in which networks compute in `options.precision`; weights and results stay float32."""
     return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lab6.denoiser import Denoiser, count_parameters
 from lab6.diffusion import make_sampler
-from lab6.machine import headless
+from lab6.machine import check_finite, headless
 from lab6.pipeline import ICLEVRPipeline
 from lab6.settings import Settings
 from lab6.storage import WEIGHTS, from_project, load_history, open_folder, sha256_of
@@ -82,6 +82,7 @@ def load_pipeline(settings: Settings, weights: str = "auto") -> ICLEVRPipeline:
         pipe = ICLEVRPipeline.from_pretrained(folder, local_files_only=True)
         pipe.weights_sha256 = sha256_of(folder / "denoiser" / "diffusion_pytorch_model.safetensors")
         history = load_history(folder)
+        check_finite(str(folder), *pipe.denoiser.parameters())
     pipe.images_seen = history[-1]["images_seen"] if history else None
     pipe.to(settings.device).set_progress_bar_config(disable=headless())
     pipe.denoiser.to(memory_format=torch.channels_last)

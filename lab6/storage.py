@@ -64,8 +64,12 @@ def write_text(path: Path, text: str):
 
 
 def write_json(path: Path, value):
-    """Write json, whole or not at all."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write json, whole or not at all. Raises ValueError where a number is not finite, which json does not know."""
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: not written, since a number in it is not finite (nan, inf): {error}") from None
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path, default=None):

@@ -18,7 +18,7 @@ from lab6.dataset import ICLEVRDataset, data_facts
 from lab6.denoiser import make_denoiser
 from lab6.diffusion import make_scheduler
 from lab6.examples import open_examples, training_batch
-from lab6.machine import autocast, format_seconds, global_randomness, progress, time_left
+from lab6.machine import autocast, enough_memory, format_seconds, global_randomness, progress, time_left
 from lab6.objective import Balance, learning_rate, loss_weights, rate_factor
 from lab6.optimizers import OPTIMIZERS
 from lab6.pipeline import ICLEVRPipeline
@@ -111,6 +111,7 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
     Raises:
         ValueError: `folder` holds a run of other settings or other data, or the dataset is empty.
         FileNotFoundError: space="latents" and no autoencoder in `folder`.
+        RuntimeError: the loss is no longer finite, or a GPU's memory is too small.
     """
     from accelerate import Accelerator
 
@@ -146,7 +147,7 @@ def _train(settings, dataset, folder, resume, accelerator):
     start = time.perf_counter()
     with _open_writer(folder, done * steps, accelerator.is_main_process) as writer:
         for epoch in range(done, settings.epochs):
-            with state.model.expecting(int(dataset.labels.sum(1).max())):
+            with state.model.expecting(int(dataset.labels.sum(1).max())), enough_memory(settings.batch_size):
                 loss, seconds = _one_epoch(settings, state, network, loss_at, epoch, steps, accelerator, keep)
             left = time_left(start, epoch + 1 - done, settings.epochs - done)
             record = _record(settings, epoch, steps, size, loss, seconds, left, state.images_before)
@@ -206,14 +207,33 @@ def _one_epoch(settings, state, network, loss_at, epoch, steps, accelerator, kee
         state.optimizer.zero_grad()
         state.ema.step(state.model.parameters())
         losses += loss.detach()  # no .item(): the host would wait for the device at every step
+        if settings.device == "cpu":
+            _check_finite(settings, state, epoch, step, losses)
         due = (now := time.perf_counter()) - kept > 60 * settings.checkpoint_minutes
         if due and accelerator.num_processes == 1:  # several would each ask their own clock
             kept = now
+            _check_finite(settings, state, epoch, step, losses, *state.model.parameters())
             state.part = dict(steps=step + 1 - epoch * steps, losses=losses.item(), seconds=before + now - start)
             keep()
+    _check_finite(settings, state, epoch, (epoch + 1) * steps - 1, losses, *state.model.parameters())
     state.part = dict(steps=0, losses=0.0, seconds=0.0)
     loss = accelerator.reduce(losses, "mean").item() / steps  # here the host waits for the device, once an epoch
     return loss, before + time.perf_counter() - start
+
+
+def _check_finite(settings, state, epoch, step, *tensors):
+    """Raise RuntimeError where loss or weights are not finite, before anything of that is kept."""
+    if all(tensor.isfinite().all() for tensor in tensors):
+        return
+    done = len(state.history)
+    kept = f"the checkpoint and pipeline of epoch {done} or later" if done else "what was kept before"
+    raise RuntimeError(
+        f"epoch {epoch + 1}, step {step + 1}: loss or weights are no longer finite numbers. Usual causes: a learning "
+        f"rate that is too high (learning_rate={settings.learning_rate:g}, muon_learning_rate="
+        f"{settings.muon_learning_rate:g}), no gradient_clip ({settings.gradient_clip:g}), or few digits (precision="
+        f"{settings.precision!r}). Nothing of this is saved; {kept} stays. Lower the rate and name another run "
+        "(run='...'), or continue with precision='fp32' and resume='yes'."
+    )
 
 
 def _record(settings, epoch, steps, size, loss, seconds, left, before):

@@ -190,7 +190,7 @@ def test_more_steps_come_nearer_to_the_truth(name, schedule):
     counts = (20, 50, 61, 100, 251, 501)
     off = [abs(spread_of_samples(name, steps, schedule) / SPREAD - 1) for steps in counts]
     chance = 0.012 if name == "ddpm" else 0.006
-    assert all(more < max(fewer, 0.01) + chance for fewer, more in zip(off, off[1:], strict=False)), off
+    assert all(more < max(fewer, 0.01) + chance for fewer, more in itertools.pairwise(off)), off
     # A step of first order is off by its length, whoever takes it.
     assert max(off[1:] if name in ("dpm-solver++", "unipc", "heun") else off[4:]) < 0.035, off
 
