@@ -3,6 +3,7 @@
 Everything that is imported here lives in the rooms of the package lab6/, in the order of the notebooks:
 
     01  labels, files, dataset           the 24 objects, the course's files, the training images
+        holdings                         folders and zips, searched for files
         places                           where the objects of a scene stand in its images
     02  diffusion                        noise schedules, q(x_t | x_0), schedulers and samplers
     03  conditioning, denoiser           how labels enter a U-Net
@@ -48,7 +49,8 @@ from lab6.labels import (
 from lab6.files import (
     DataFiles, choose_splits, find_data, read_data, load_renderer, scene_of, held_out_scenes, unseen_sets,
 )
-from lab6.dataset import crowded_scenes, ICLEVRDataset, training_set
+from lab6.holdings import open_holding
+from lab6.dataset import crowded_scenes, ICLEVRDataset, open_image, training_set
 from lab6.places import FIRST_PLACE, place_of_change, find_places, places_by_object
 from lab6.diffusion import (
     SCHEDULES, alphas_bar, snr, q_sample, to_x_0, to_eps, make_scheduler, DDIM, SAMPLERS, NOT_WITH_ZERO_SNR,

@@ -104,9 +104,9 @@ def ours_trains(settings, files, batch, steps, torch_compile=False):
 def measure_training(settings):
     """Images per second in training, for a network of the reports and for ours, each in both ways."""
     files = lab.find_data(settings.rendered_scenes)
-    choices = [("linear-512", 32, 100), ("tokens", 32, 100)]
+    choices = [("linear-512", 32, 100), ("tokens", 32, 100), ("layout", 32, 100)]
     if settings.device == "cpu":
-        choices = [("linear-512", 8, 4), ("tokens", 32, 16)]
+        choices = [("linear-512", 8, 4), ("tokens", 32, 16), ("layout", 32, 16)]
     with tempfile.TemporaryDirectory() as folder:
         plain = unpacked(files, Path(folder) / "plain", 512)
         for preset, batch, steps in choices:
@@ -166,9 +166,10 @@ def measure_sampling(settings):
     distilled = lab.load_pipeline(few, "shipped")
     all_by_it = seconds_each(lambda i: lab.sample(distilled, sets, few, i), 2, device)
     yield "64 pictures by few-step; baseline: by tokens", all_by_it, ours, "s", {}
-    one = (seconds_each(lambda i, p=p, s=s: lab.sample(p, sets[:1], s, i), 8, device)
-           for p, s in ((distilled, few), (pipe, settings)))  # fmt: skip
-    yield "one picture, as for the guidance slider, by few-step; baseline: by tokens", *one, "s", {}
+    for count, words in ((1, "one picture, as for the guidance slider,"), (4, "four pictures")):
+        both = (seconds_each(lambda i, p=p, s=s, n=count: lab.sample(p, sets[:n], s, i), 8, device)
+                for p, s in ((distilled, few), (pipe, settings)))  # fmt: skip
+        yield f"{words} by few-step; baseline: by tokens", *both, "s", {}
     x_t = torch.randn(16, 3, 64, 64, device=device)
 
     def milliseconds(network):

@@ -1,6 +1,6 @@
 """Training images as tensors: decoded once into a cache on disk, and read from there. Notebook 01.
 
-Stands on files, settings, machine, labels and storage.
+Stands on files, holdings, settings, machine, labels and storage.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +17,14 @@ import torch
 from PIL import Image
 
 from lab6.files import DataFiles, read_data, render_into_runs, scene_of, unseen_sets
+from lab6.holdings import Holding, open_holding
 from lab6.labels import OBJECTS, encode_labels, to_float
 from lab6.machine import make_generator, progress
 from lab6.settings import Settings
 from lab6.storage import runs_folder, write_whole
+
+#: No image may have more pixels than this, in width times height.
+LARGEST_IMAGE = 16_000_000
 
 
 def crowded_scenes(scenes: int, seed: int) -> ICLEVRDataset:
@@ -105,65 +108,66 @@ def data_facts(dataset) -> dict:
 
 def _load_cache(files, names, folder):
     """(N, 3, 64, 64) uint8 tensor on a memory-mapped file, made when it is missing or out of date."""
-    sources, stamp = _image_sources(files, names)
+    holding, stamp = _list_images(files, names)
     root = hashlib.sha256(str(files.images).encode()).hexdigest()[:8]
     path = Path(folder) / f"iclevr64-{root}-{stamp}.npy"
     if not path.exists():
-        write_whole(path, lambda temporary: _decode_all(files, names, sources, temporary))
+        write_whole(path, lambda temporary: _decode_all(holding, names, temporary))
         for old in set(path.parent.glob(f"iclevr64-{root}-*.npy")) - {path}:
             with contextlib.suppress(OSError):  # on Windows, while another notebook reads it
                 old.unlink()
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-def _image_sources(files, names):
-    """Where each image's bytes are, and a hash of all sizes and dates. Errors name what is missing."""
-    if files.images.is_dir():
-        entries = {e.name: e for e in os.scandir(files.images)}
-        stats = {n: entries[n].stat() for n in names if n in entries}
-        sources, facts = entries, [(n, s.st_size, s.st_mtime_ns) for n, s in stats.items()]
-    else:
-        try:
-            with zipfile.ZipFile(files.images) as archive:
-                members = archive.infolist()
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{files.images}: not a readable zip file ({error}); download it again") from None
-        for member in members:
-            parts = member.filename.replace("\\", "/").split("/")
-            if ".." in parts or parts[0] == "" or ":" in parts[0]:
-                raise ValueError(f"{files.images}: {member.filename!r} points outside the zip; refused")
-        sources = {Path(m.filename).name: m for m in members if "__MACOSX" not in m.filename}
-        facts = [(n, sources[n].file_size, sources[n].CRC) for n in names if n in sources]
-    missing = [n for n in names if n not in sources]
+def _list_images(files, names):
+    """What holds the images, and a hash of all their sizes and dates. Errors name what is missing."""
+    holding = open_holding(files.images)
+    missing = [n for n in names if n not in holding.files]
     if missing:
         raise FileNotFoundError(
             f"{files.images}: {len(missing)} of the {len(names)} images that train.json lists are missing, "
             f"the first is {missing[0]}; unpack the course's iclevr.zip again"
         )
-    return sources, hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    if files.images.is_dir():
+        stats = {n: holding.files[n].stat() for n in names}
+        facts = [(n, s.st_size, s.st_mtime_ns) for n, s in stats.items()]
+    else:
+        facts = [(n, holding.files[n].file_size, holding.files[n].CRC) for n in names]
+    return holding, hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def _decode_all(files, names, sources, path):
+def open_image(holding: Holding, name: str, archive: zipfile.ZipFile | None = None) -> Image.Image:
+    """An image as it was handed out, in RGB; archive: the opened zip, if it is open already.
+
+    Raises:
+        ValueError: it cannot be read, or has more pixels than any image of this task.
+    """
+    data = holding.read(name, archive)
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > LARGEST_IMAGE:
+            raise ValueError(f"{image.width} x {image.height} pixels, and the course's have 320 x 240")
+        return image.convert("RGB")
+    except Exception as error:  # Pillow has many; all of them mean a damaged file
+        raise ValueError(f"{holding.where(name)}: not a readable image ({error}); get the file again") from None
+
+
+def _decode_all(holding, names, path):
     """Decode, resize and write all images as one .npy; Pillow and zlib leave the GIL, so threads do."""
     from torchvision.transforms.v2 import Resize
 
     resize = Resize((64, 64))
-    with open(path, "wb") as out:  # not open_memmap: the file name must not gain a suffix
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(open(path, "wb"))  # not open_memmap: the file name must not gain a suffix
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(names), 3, 64, 64)}
         np.lib.format.write_array_header_1_0(out, header)
-        archive = zipfile.ZipFile(files.images) if files.images.is_file() else None
+        archive = None if holding.path.is_dir() else stack.enter_context(zipfile.ZipFile(holding.path))
 
         def decode(name):
-            try:
-                data = archive.read(sources[name]) if archive else Path(sources[name].path).read_bytes()
-                image = Image.open(io.BytesIO(data)).convert("RGB")
-            except Exception as error:  # Pillow and zlib have many; all of them mean a damaged file
-                raise ValueError(f"{files.images}: {name} is not a readable image ({error})") from None
+            image = open_image(holding, name, archive)
             image = image if image.size == (64, 64) else resize(image)
             return np.asarray(image).transpose(2, 0, 1).tobytes()
 
         with ThreadPoolExecutor() as pool:
             for data in progress(pool.map(decode, names), "decoding images", len(names)):
                 out.write(data)
-        if archive:
-            archive.close()

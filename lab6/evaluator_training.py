@@ -26,7 +26,7 @@ def prepare_evaluator(settings: Settings, files: DataFiles, choice: str = "auto"
     (the profiles full and tiny train it first, unless they have done so)."""
     if choice != "auto":
         return Evaluator.load(choice, settings.device)
-    if (files.root / "checkpoint.pth").is_file():
+    if files.evaluator:
         return Evaluator.find(files, settings.device)
     return _load_or_train(settings, files, "evaluator", "resnet18")
 

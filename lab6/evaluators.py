@@ -92,9 +92,9 @@ class Evaluator:
 
     @classmethod
     def find(cls, files: DataFiles | None = None, device: str = "cpu") -> Evaluator:
-        """The course's checkpoint.pth where it lies beside the data, else the evaluator that ships."""
-        if files is not None and (files.root / "checkpoint.pth").is_file():
-            return cls.load(files.root / "checkpoint.pth", device)
+        """The course's, in one of the files EVALUATORS where it lies with the data, else the evaluator that ships."""
+        if files is not None and files.evaluator:
+            return cls.load(files.evaluator, device)
         return cls.load(WEIGHTS / "evaluator", device)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The course's files, or scenes rendered in their place: where they are and what their json files say. Notebook 01.
 
-Stands on machine, labels and storage.
+Stands on holdings, machine, labels and storage.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from lab6.holdings import look_into
 from lab6.labels import OBJECTS, encode_labels
 from lab6.machine import progress
 from lab6.storage import ROOT, exclusive, folder_named_by, read_json, runs_folder
@@ -19,8 +20,8 @@ class DataFiles:
     """Where the data is, and what its json files say. Made by `find_data`.
 
     Attributes:
-        images: the folder iclevr/ or the file iclevr.zip.
-        train: {image file name: label set}; test, new_test: lists of label sets.
+        images: the folder or the zip that holds the images, such as iclevr/ or iclevr.zip.
+        train: {image file name: label set}; test, new_test: lists of label sets, the second empty where it is missing.
         source: what every figure names as its data, "course files" or "rendered scenes".
         places: {image file name: [x, y] in pixels of each object, in the order of its label set}, of rendered scenes;
             empty where there is no places.json (`find_places` finds them).
@@ -33,6 +34,16 @@ class DataFiles:
     new_test: list[list[str]]
     source: str = "course files"
     places: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def splits(self) -> dict[str, list[list[str]]]:
+        """The label sets to sample, by the name of their file: "test" and, where there is one, "new_test"."""
+        return {"test": self.test} | ({"new_test": self.new_test} if self.new_test else {})
+
+    @property
+    def evaluator(self) -> Path | None:
+        """The course's evaluator, where it lies with the data."""
+        return next((path for name in EVALUATORS if (path := self.root / name).is_file()), None)
 
     @property
     def held_out(self) -> frozenset[str]:
@@ -51,71 +62,110 @@ def choose_splits(split: str) -> list[str]:
     return splits[split]
 
 
+#: json files of the course: what each is called in one year or another. The course's evaluator has two names, too.
+_LISTS = {"objects": ("objects.json", "object.json"), "train": ("train.json",), "test": ("test.json",),
+          "new_test": ("new_test.json",), "render": ("render.json",), "places": ("places.json",)}  # fmt: skip
+EVALUATORS = ("checkpoint.pth", "classifier_weight.pth")
+
+
 def find_data(rendered_scenes: int = 300) -> DataFiles:
     """The data, from the first of: the folder that LAB6_DATA names, data/, scenes rendered here.
 
-    A folder qualifies with iclevr/ or iclevr.zip, train.json, test.json, new_test.json, and objects.json or
-    object.json. Where LAB6_DATA is not set and data/ has none of them, `rendered_scenes` scenes are rendered into
-    data/runs/rendered-N, once (see data/render_scenes.py).
+    A folder is searched, two levels deep and into its zips, for the images of train.json, and for train.json,
+    test.json, new_test.json and objects.json or object.json (see `read_data`). Where LAB6_DATA is not set and nothing
+    of the kind is in data/, `rendered_scenes` scenes are rendered into data/runs/rendered-N, once (see
+    data/render_scenes.py); what else lies there is named as ignored.
 
     Raises:
         FileNotFoundError: names the folder that was looked in and what is missing there.
-        ValueError: a json file that is not what the course ships, by name.
+        ValueError: a file that is not what the course ships, by name.
         RuntimeError: scenes are to be rendered, and Mitsuba does not work.
     """
     chosen = folder_named_by("LAB6_DATA")
     root = chosen or ROOT / "data"
-    names = ("iclevr", "iclevr.zip", "objects.json", "object.json", "train.json", "test.json", "new_test.json")
-    if not chosen and not any((root / name).exists() for name in names):
-        root = render_into_runs(rendered_scenes)
+    if not chosen:
+        own = {"README.md", "held_out_scenes.json", "unseen_sets.json", "render_scenes.py", "rendered_scene.py"}
+        others = sorted(e.name for e in root.iterdir() if e.name not in own | {"runs", "weights", "__pycache__"}
+                        and not e.name.startswith(".")) if root.is_dir() else []  # fmt: skip
+        if not any(Path(name).suffix.lower() in ("", ".zip", ".json", ".png") for name in others):
+            if others:
+                print(f"progress: ignored in {root}, no images or label sets: {', '.join(others)}; scenes are rendered")
+            root = render_into_runs(rendered_scenes)
     return read_data(root)
 
 
 def read_data(root: Path) -> DataFiles:
-    """What a folder of the course's layout holds, also one of rendered scenes; raises what `find_data` does."""
-    images = root / "iclevr" if (root / "iclevr").is_dir() else root / "iclevr.zip"
-    objects = root / "objects.json" if (root / "objects.json").is_file() else root / "object.json"
-    missing = [] if images.exists() else ["iclevr/ or iclevr.zip"]
-    missing += [] if objects.is_file() else ["objects.json or object.json"]
-    missing += [f"{n}.json" for n in ("train", "test", "new_test") if not (root / f"{n}.json").is_file()]
+    """What a folder of the course's files holds, also one of rendered scenes; raises what `find_data` does.
+
+    The files may lie in it as the course hands them out (iclevr/ or iclevr.zip beside the json files), in folders or
+    zips, whatever these are called. Of images in several places that with most of train.json is taken. new_test.json
+    may be missing: then it has no label sets. Prints what was taken from where, unless all is in its usual place.
+    """
+    holdings = look_into(root)
+    found = {kind: next(((h, name) for h in holdings for name in names if name in h.files), None)
+             for kind, names in _LISTS.items()}  # fmt: skip
+    missing = [" or ".join(_LISTS[kind]) for kind in ("objects", "train", "test") if not found[kind]]
+    said = {kind: of[0].json(of[1]) for kind, of in found.items() if of}
+    train = _check_train(said["train"], found["train"]) if found["train"] else {}
+    images = max(holdings, key=lambda h: len(train.keys() & h.files.keys() if train else _pictures(h)))
+    if not (train.keys() & images.files.keys() if train else _pictures(images)):
+        missing.insert(0, "iclevr/ or iclevr.zip")
     if missing:
+        for trouble in (h.trouble for h in holdings if h.trouble):
+            raise ValueError(trouble)
         raise FileNotFoundError(
-            f"No i-CLEVR data: {', '.join(missing)} not found in {root} (the folder that LAB6_DATA names, else data/). "
-            "Put the course's files iclevr/ (or iclevr.zip), train.json, test.json, new_test.json and objects.json (or "
-            "object.json) there, or set LAB6_DATA to the folder that has them; without any, and LAB6_DATA not set, "
-            "scenes are rendered."
+            f"No i-CLEVR data: {', '.join(missing)} not found in {root} (the folder that LAB6_DATA names, else data/), "
+            "two levels deep and in zips. Put the course's files iclevr/ (or iclevr.zip), train.json, test.json, "
+            "new_test.json and objects.json (or object.json) there, or set LAB6_DATA to the folder that has them; "
+            "without any, and LAB6_DATA not set, scenes are rendered."
         )
-    if read_json(objects) != {name: i for i, name in enumerate(OBJECTS)}:
-        raise ValueError(f"{objects}: not the 24 objects of i-CLEVR with the indices 0 to 23")
-    train = read_json(root / "train.json")
+    if said["objects"] != {name: i for i, name in enumerate(OBJECTS)}:
+        raise ValueError(f"{_where(found['objects'])}: not the 24 objects of i-CLEVR with the indices 0 to 23")
+    sets = {kind: check_sets(said.get(kind, []), _where(found[kind])) for kind in ("test", "new_test") if found[kind]}
+    usual = (root / "iclevr", root / "iclevr.zip")
+    if images.path not in usual or any(of and of[0].path != root for of in found.values()) or "new_test" not in sets:
+        lists = ", ".join(_where(of) for of in found.values() if of)
+        print(f"progress: data: images from {images.path}; {lists}" + "; no new_test.json" * ("new_test" not in sets))
+    source = "rendered scenes" if found["render"] else "course files"
+    places = _check_places(said.get("places", {}), train, found["places"])
+    return DataFiles(root, images.path, train, sets["test"], sets.get("new_test", []), source, places)
+
+
+def _where(found):
+    holding, name = found
+    return holding.where(name)
+
+
+def _pictures(holding):
+    return [name for name in holding.files if name.lower().endswith(".png")]
+
+
+def check_sets(label_sets, where) -> list[list[str]]:
+    """These label sets, of a json file. Raises ValueError, which names `where`, unless they are one or more."""
+    try:
+        if not isinstance(label_sets, list) or not label_sets or any(isinstance(of, str) for of in label_sets):
+            raise ValueError("expected a list of labels for each of one or more images")
+        encode_labels(label_sets)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    return label_sets
+
+
+def _check_train(train, found):
     if not isinstance(train, dict) or not train:
-        raise ValueError(f"{root / 'train.json'}: expected {{image name: [labels]}}")
+        raise ValueError(f"{_where(found)}: expected {{image name: [labels]}}")
     for name in train:
         if Path(name).name != name or "\\" in name or name.count("_") < 2:
-            raise ValueError(
-                f"{root / 'train.json'}: {name!r} is not a plain file name such as CLEVR_train_001032_0.png"
-            )
-    sets = {"train": list(train.values())}
-    for split in ("test", "new_test"):
-        sets[split] = read_json(root / f"{split}.json")
-    for split, label_sets in sets.items():
-        try:
-            if not label_sets or any(isinstance(label_set, str) for label_set in label_sets):
-                raise ValueError("expected a list of labels for each of one or more images")
-            encode_labels(label_sets)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{root / f'{split}.json'}: {error}") from None
-    source = "rendered scenes" if (root / "render.json").is_file() else "course files"
-    return DataFiles(root, images, train, sets["test"], sets["new_test"], source, _read_places(root, train))
+            raise ValueError(f"{_where(found)}: {name!r} is not a plain file name such as CLEVR_train_001032_0.png")
+    check_sets(list(train.values()), _where(found))
+    return train
 
 
-def _read_places(root, train):
+def _check_places(places, train, found):
     """What places.json says of the images in train.json; empty where there is none."""
-    file = root / "places.json"
-    places = read_json(file) if file.is_file() else {}
     if places and any(len(places.get(name, ())) != len(labels) for name, labels in train.items()):
-        raise ValueError(f"{file}: expected [x, y] of each object for each image in train.json; remove the file, or "
-                         "render the scenes again")  # fmt: skip
+        raise ValueError(f"{_where(found)}: expected [x, y] of each object for each image in train.json; remove the "
+                         "file, or render the scenes again")  # fmt: skip
     return places
 
 

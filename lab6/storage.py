@@ -75,11 +75,19 @@ def write_json(path: Path, value):
 def read_json(path: Path, default=None):
     """What a json file holds. Where it is missing or broken: `default`, or without one a ValueError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_bytes(), path)
     except (OSError, ValueError) as error:
         if default is not None:
             return default
-        raise ValueError(f"{path}: not readable as json ({error})") from None
+        raise ValueError(f"{path}: not readable as json ({error})" if isinstance(error, OSError) else error) from None
+
+
+def parse_json(content: bytes, where):
+    """What json says, also with the byte order mark of Windows editors. Raises ValueError, which names `where`."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{where}: not readable as json ({error})") from None
 
 
 def update_json(path: Path, change, default: dict):

@@ -176,7 +176,7 @@ def test_a_broken_picture_is_named_and_leaves_no_cache(data, runs, kind):
     file = data / "iclevr" / "CLEVR_train_000001_1.png"
     whole = file.read_bytes()
     file.write_bytes(broken_pngs()[kind])
-    with pytest.raises(ValueError, match=r"CLEVR_train_000001_1\.png is not a readable image"):
+    with pytest.raises(ValueError, match=r"CLEVR_train_000001_1\.png: not (a )?readable .* get the file again"):
         lab.ICLEVRDataset(lab.find_data())
     assert cached(runs) == [], "nothing half written is left"
     file.write_bytes(whole)
@@ -197,7 +197,7 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path, runs, monkeypatch):
         broken = bytearray(content)
         broken[damage] = b"\xff" * 8
         file.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"CLEVR_train_000001_1\.png is not a readable image"):
+        with pytest.raises(ValueError, match=r"CLEVR_train_000001_1\.png: not (a )?readable .* get the file again"):
             lab.ICLEVRDataset(lab.find_data())
         assert cached(runs) == []
 

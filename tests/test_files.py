@@ -1,9 +1,12 @@
 """lab6/files.py: finding the course's files, and what is wrong with them."""
 
 import json
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_data, noise_picture
 
 import lab6_utils as lab
@@ -38,8 +41,8 @@ def test_missing_files_are_all_named(tmp_path, monkeypatch):
 
 
 def test_only_the_missing_file_is_named(data):
-    (data / "new_test.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"No i-CLEVR data: new_test\.json not found"):
+    (data / "test.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"No i-CLEVR data: test\.json not found"):
         lab.find_data()
 
 
@@ -87,4 +90,129 @@ def test_names_that_no_scene_can_be_read_from_are_refused(tmp_path, runs, monkey
     pictures = {"holiday.png": (noise_picture(np.random.default_rng(0)), ["red cube"])}
     monkeypatch.setenv("LAB6_DATA", str(make_data(tmp_path / "data", pictures=pictures)))
     with pytest.raises(ValueError, match=r"holiday\.png"):
+        lab.ICLEVRDataset(lab.find_data())
+
+
+# ── As it is handed out ────────────────────────────────────────────────────────────────────────────────
+
+
+def zipped(folder, file, inside="", slash="/"):
+    """Put all files below a folder into a zip, and remove the folder."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            member = zipfile.ZipInfo("x")
+            member.filename = (inside + path.relative_to(folder).as_posix()).replace("/", slash)
+            archive.writestr(member, path.read_bytes())
+    shutil.rmtree(folder)
+
+
+def lists_in(folder):
+    """Move the json files of a data folder into a folder of their own."""
+    for file in folder.parent.glob("*.json"):
+        folder.mkdir(exist_ok=True)
+        file.rename(folder / file.name)
+
+
+def nested(d):
+    (d / "iclevr").rename(d / "inner")
+    (d / "iclevr").mkdir()
+    (d / "inner").rename(d / "iclevr" / "iclevr")
+
+
+def beside_the_json(d):
+    for file in (d / "iclevr").iterdir():
+        file.rename(d / file.name)
+    (d / "iclevr").rmdir()
+
+
+def both_zips(d, suffix=""):
+    lists_in(d / "file")
+    zipped(d / "file", d / f"file{suffix}.zip", "file/")
+    zipped(d / "iclevr", d / f"iclevr{suffix}.zip", "iclevr/")
+
+
+def empty_beside_a_zip(d):
+    zipped(d / "iclevr", d / "iclevr.zip", "iclevr/")
+    (d / "iclevr").mkdir()
+
+
+def with_marks(d):
+    for file in d.glob("*.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+
+
+HANDED_OUT = {
+    "a folder in a folder": nested,
+    "json in file/": lambda d: lists_in(d / "file"),
+    "both zips": both_zips,
+    "downloaded twice": lambda d: both_zips(d, " (1)"),
+    "a zip with backslashes": lambda d: zipped(d / "iclevr", d / "iclevr.zip", "iclevr\\", "\\"),
+    "images beside the json": beside_the_json,
+    "an empty folder beside a good zip": empty_beside_a_zip,
+    "all in a folder": lambda d: (shutil.copytree(d, d / "lab6"), shutil.rmtree(d / "iclevr"),
+                                  [file.unlink() for file in d.glob("*.json")]),
+    "byte order marks": with_marks,
+    "Mac leftovers": lambda d: shutil.copytree(d / "iclevr", d / "__MACOSX" / "iclevr"),
+    "a broken zip of something else": lambda d: (d / "homework.zip").write_bytes(b"hello"),
+    "names in Chinese and spaces": lambda d: (d / "iclevr").rename(d / "圖片 資料"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", HANDED_OUT)
+def test_data_is_found_however_it_was_handed_out(data, runs, how, capsys):
+    usual = lab.ICLEVRDataset(lab.find_data(), "all")
+    HANDED_OUT[how](data)
+    files = lab.find_data()
+    dataset = lab.ICLEVRDataset(files, "all")
+    assert dataset.names == usual.names and torch.equal(dataset.pixels, usual.pixels)
+    assert (len(files.test), len(files.new_test), files.source) == (2, 1, "course files")
+    said = capsys.readouterr().out
+    if files.images in (data / "iclevr", data / "iclevr.zip") and (data / "train.json").exists():
+        assert said == "", "all is in its usual place"
+    else:
+        assert said.count("progress: data: images from") == 1 and str(files.images) in said
+
+
+def test_without_new_test_json_there_is_one_file_to_sample(data, capsys):
+    (data / "new_test.json").unlink()
+    files = lab.find_data()
+    assert list(files.splits) == ["test"] and files.new_test == [] and "no new_test.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "classifier_weight.pth"])
+def test_the_courses_evaluator_is_used_under_both_names(data, name):
+    network = lab.Evaluator.find().network
+    torch.save({"model": network.state_dict()}, data / name)
+    assert lab.Evaluator.find(lab.find_data()).name == "course"
+
+
+def test_what_is_ignored_in_the_workbooks_folder_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("LAB6_DATA")
+    monkeypatch.setattr("lab6.files.ROOT", tmp_path)
+    rendered = make_data(tmp_path / "rendered")
+    monkeypatch.setattr("lab6.files.render_into_runs", lambda scenes: rendered)
+    (tmp_path / "data").mkdir()
+    assert lab.find_data().root == rendered and capsys.readouterr().out == ""
+    (tmp_path / "data" / "best_model.pth").touch()
+    assert lab.find_data().root == rendered
+    assert "ignored in" in (said := capsys.readouterr().out) and "best_model.pth; scenes are rendered" in said
+    (tmp_path / "data" / "lab6.zip").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"lab6\.zip: not a readable zip file"):
+        lab.find_data()
+    (tmp_path / "data" / "lab6.zip").unlink()
+    (tmp_path / "data" / "pictures").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"not found in .*data"):
+        lab.find_data()
+
+
+def test_far_too_large_members_and_images_are_refused(data, runs, monkeypatch):
+    monkeypatch.setattr("lab6.holdings.LARGEST", 100)
+    zipped(data / "iclevr", data / "iclevr.zip", "iclevr/")
+    with pytest.raises(
+        ValueError, match=r"CLEVR_train_\d+_\d\.png: not readable \(.* bytes, which no file of the course"
+    ):
+        lab.ICLEVRDataset(lab.find_data())
+    monkeypatch.setattr("lab6.holdings.LARGEST", 10**6)
+    monkeypatch.setattr("lab6.dataset.LARGEST_IMAGE", 64 * 63)
+    with pytest.raises(ValueError, match=r"not a readable image \(64 x 64 pixels"):
         lab.ICLEVRDataset(lab.find_data())
