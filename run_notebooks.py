@@ -8,6 +8,9 @@
     python run_notebooks.py --only 06 --sweep preset=tokens,linear-attn seed=0,1,2        every combination
     torchrun --nproc-per-node 8 run_notebooks.py --train -p epochs=50      notebook 03's training, in 8 processes
     LAB6_STUDENT_ID=... LAB6_STUDENT_NAME=... python run_notebooks.py --submission         what the course wants
+    python run_notebooks.py --sample "red sphere, cyan cube; gray cylinder" --out FOLDER -p steps=10 -p seed=3
+    python run_notebooks.py --sample my.json --out FOLDER                  an image for each label set, and a grid
+    python run_notebooks.py --score FOLDER --labels my.json                what evaluator and judge find in 0.png, ...
 
 `-p name=value` sets a variable of the cell tagged `parameters` in every chosen notebook that has it; unknown
 names and wrong types are refused before anything runs. Executed notebooks go to
@@ -29,6 +32,7 @@ import signal
 import sys
 from pathlib import Path
 
+from lab6.runner.direct import sample_sets, score_folder
 from lab6.runner.notebooks import Failed, run_all, run_facts, set_environment
 from lab6.runner.parameters import (
     NOTEBOOKS,
@@ -40,7 +44,7 @@ from lab6.runner.parameters import (
     settings_with,
 )
 from lab6.runner.report import make_report
-from lab6.runner.submission import make_submission
+from lab6.runner.submission import LAYOUTS, make_submission
 from lab6.runner.sweep import run_sweep
 
 
@@ -59,6 +63,15 @@ def parse(argv=None):
     parser.add_argument("--timeout", type=int, metavar="SECONDS", help="fail when one cell takes longer")
     parser.add_argument("--report", action="store_true", help="run nothing, only make the report again")
     parser.add_argument("--submission", action="store_true", help="run nothing, make the course's zip and pth")
+    parser.add_argument("--layout", choices=LAYOUTS, default=next(iter(LAYOUTS)),
+                        help="what a submission holds: 2026 images in the zip, earlier weights beside it")  # fmt: skip
+    parser.add_argument("--sample", metavar="LABELS", help="run no notebook, sample these label sets (a comma between "
+                        "labels, a semicolon between sets) or those of a json file; -p as for notebook 04")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where --sample puts the images")
+    parser.add_argument("--score", type=Path, metavar="FOLDER", help="run no notebook, score the images 0.png, 1.png, "
+                        "... in a folder")  # fmt: skip
+    parser.add_argument("--labels", metavar="LABELS", help="what --score compares with: as for --sample; default "
+                        "labels.json in the folder")  # fmt: skip
     parser.add_argument("--no-report", action="store_true", help="run notebooks, make no report")
     return parser.parse_args(argv)
 
@@ -70,7 +83,7 @@ def plan(args, notebooks):
     notebook, and {name of the executed notebook: (path, parameters)} of all that were chosen.
     """
     check_options(args)
-    chosen = choose_notebooks(notebooks, "03" if args.train else args.only)
+    chosen = choose_notebooks(notebooks, "03" if args.train else "04" if args.sample or args.score else args.only)
     jobs = plan_jobs(chosen, args.assignments, args.sweep or (), by_itself=bool(args.only))
     # After the checks above, since it takes seconds (torch). diffusers loads a pipeline only if this was imported.
     import lab6_utils  # noqa: F401
@@ -79,7 +92,7 @@ def plan(args, notebooks):
     given = {}
     if args.train:
         ((_, given),) = jobs.values()
-    elif args.submission:  # of the system that notebook 04 samples with
+    elif args.submission or args.sample or args.score:  # of the system that notebook 04 samples with
         _, given = jobs.get("04_sampling_and_guidance", (None, {}))
     settings = read_settings(args.settings) if args.settings else settings_with(args.profile, given)
     return settings, given, jobs
@@ -93,6 +106,10 @@ def check_options(args):
     if (args.workers is not None or args.scheduler) and (not fits or (args.workers and args.scheduler)):
         raise Refused("--workers N (1 or more) or --scheduler ADDRESS goes with --sweep")
     others = [assignment for assignment in args.assignments if not assignment.startswith("resume=")]
+    if (args.out and not args.sample) or (args.labels and not args.score) or (args.sample and args.score):
+        raise Refused("--out FOLDER goes with --sample LABELS, --labels LABELS with --score FOLDER")
+    if (args.sample or args.score) and (args.only or args.sweep or args.train or args.submission or args.report):
+        raise Refused("--sample and --score run no notebook: they go without --only, --sweep, --train and the like")
     if args.settings and (not args.train or others or args.profile != "auto"):
         raise Refused("--settings FILE goes with --train, without --profile, and without -p other than -p resume=...")
 
@@ -102,8 +119,14 @@ def act(args, settings, given, jobs, notebooks):
     if args.train:
         train(settings, given.get("resume", "auto"))
         return
+    if args.sample:
+        sample_sets(settings, given.get("weights", "auto"), args.sample, args.out)
+        return
+    if args.score:
+        score_folder(settings, args.score, args.labels)
+        return
     if args.submission:
-        make_submission(settings, given.get("weights", "auto"), notebooks)
+        make_submission(settings, given.get("weights", "auto"), notebooks, args.layout)
         return
     if not args.report:
         folder = settings.runs / "notebooks" / settings.profile / ("sweep" if args.sweep else "")

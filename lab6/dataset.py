@@ -152,22 +152,23 @@ def open_image(holding: Holding, name: str, archive: zipfile.ZipFile | None = No
         raise ValueError(f"{holding.where(name)}: not a readable image ({error}); get the file again") from None
 
 
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """(3, 64, 64) uint8 of an image of any size (antialiased bilinear)."""
+    from torchvision.transforms.v2.functional import resize
+
+    image = image if image.size == (64, 64) else resize(image, [64, 64])
+    return np.asarray(image).transpose(2, 0, 1).copy()
+
+
 def _decode_all(holding, names, path):
     """Decode, resize and write all images as one .npy; Pillow and zlib leave the GIL, so threads do."""
-    from torchvision.transforms.v2 import Resize
-
-    resize = Resize((64, 64))
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(path, "wb"))  # not open_memmap: the file name must not gain a suffix
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(names), 3, 64, 64)}
         np.lib.format.write_array_header_1_0(out, header)
         archive = None if holding.path.is_dir() else stack.enter_context(zipfile.ZipFile(holding.path))
 
-        def decode(name):
-            image = open_image(holding, name, archive)
-            image = image if image.size == (64, 64) else resize(image)
-            return np.asarray(image).transpose(2, 0, 1).tobytes()
-
+        decode = lambda name: to_pixels(open_image(holding, name, archive))
         with ThreadPoolExecutor() as pool:
-            for data in progress(pool.map(decode, names), "decoding images", len(names)):
-                out.write(data)
+            for pixels in progress(pool.map(decode, names), "decoding images", len(names)):
+                out.write(pixels.tobytes())

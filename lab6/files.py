@@ -43,7 +43,7 @@ class DataFiles:
     @property
     def evaluator(self) -> Path | None:
         """The course's evaluator, where it lies with the data."""
-        return next((path for name in EVALUATORS if (path := self.root / name).is_file()), None)
+        return find_evaluator(self.root)
 
     @property
     def held_out(self) -> frozenset[str]:
@@ -92,6 +92,12 @@ def find_data(rendered_scenes: int = 300) -> DataFiles:
                 print(f"progress: ignored in {root}, no images or label sets: {', '.join(others)}; scenes are rendered")
             root = render_into_runs(rendered_scenes)
     return read_data(root)
+
+
+def find_evaluator(root: Path | None = None) -> Path | None:
+    """The course's evaluator in a folder, by default the one that LAB6_DATA names, or data/; None where it has none."""
+    root = root or folder_named_by("LAB6_DATA") or ROOT / "data"
+    return next((path for name in EVALUATORS if (path := root / name).is_file()), None)
 
 
 def read_data(root: Path) -> DataFiles:

@@ -23,7 +23,8 @@ def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 1
 
     Returns:
         ([low, high] over seeds, or None with fewer than 5 or all alike, whose spread says too little; [low, high]
-        over seeds and label sets, or None with one set).
+        over seeds and label sets, or None with one set, or where all were found or none, as resampling then shows no
+        spread whatever there is).
     """
     rng = np.random.default_rng(0)
     count, sets = hits.shape
@@ -34,7 +35,9 @@ def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 1
     over_sets = (means * set_weights).sum(1) / (set_weights @ totals)
     interval = lambda values: [round(float(v), 4) for v in np.percentile(values, [2.5, 97.5])]
     enough = count >= 5 and np.ptp(hits.sum(1)) > 0
-    return (interval(over_seeds) if enough else None), (interval(over_sets) if sets > 1 else None)
+    return (interval(over_seeds) if enough else None), (
+        interval(over_sets) if sets > 1 and np.ptp(over_sets) > 0 else None
+    )
 
 
 def paired_test(one, other, totals, resamples: int = 10_000) -> dict:

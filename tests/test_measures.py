@@ -164,3 +164,11 @@ def test_objects_of_scenes_stand_where_they_were_found(scenes, monkeypatch):
     places = lab.places_by_object(files, dataset)
     errors = lab.placement_errors(lab.to_float(dataset.pixels), dataset.labels, places)
     assert len(errors) > 60 and errors.nanmedian() < 1 and errors.isnan().float().mean() < 0.02
+
+
+def test_equal_values_are_no_certainty():
+    """What resampling cannot vary has no interval, rather than one of no width."""
+    totals = np.array([1, 2, 3])
+    for found in (totals, 0 * totals):
+        assert lab.bootstrap_intervals(np.tile(found, (16, 1)), totals) == (None, None)
+    assert lab.bootstrap_intervals(np.array([[1, 2, 2]]), totals)[1] is not None

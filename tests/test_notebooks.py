@@ -342,10 +342,10 @@ def compare(done, folder, scenes, stored):
 # ── What the course wants ────────────────────────────────────────────────────────────────────────────
 
 
-def submit(run, folder, **student):
+def submit(run, folder, *more, **student):
     environment = os.environ | dict(LAB6_RUNS=str(run.runs), LAB6_FIGURES=str(run.home / "figures"))
-    command = [sys.executable, str(ROOT / "run_notebooks.py"), "--profile", "tiny", "--submission"]
-    folder.mkdir()
+    command = [sys.executable, str(ROOT / "run_notebooks.py"), "--profile", "tiny", "--submission", *more]
+    folder.mkdir(exist_ok=True)
     return subprocess.run(command, env=environment | student, cwd=folder, capture_output=True, text=True)
 
 
@@ -355,16 +355,18 @@ def test_submission(run, tmp_path):
     done = submit(run, tmp_path / "out", LAB6_STUDENT_ID="312550000", LAB6_STUDENT_NAME="王小明")
     assert done.returncode == 0, done.stderr
     name = "312550000_王小明"
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"DL_LAB6_{name}.zip", f"DL_lab6_{name}.pth"}
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [f"DL_LAB6_{name}.zip"]
     with zipfile.ZipFile(tmp_path / "out" / f"DL_LAB6_{name}.zip") as archive:
         inside = {file.removeprefix(f"DL_LAB6_{name}/"): archive.read(file) for file in archive.namelist()}
-    assert inside["report.pdf"].startswith(b"%PDF")
+    assert inside["report.pdf"].startswith(b"%PDF") and {"images/test/0.png", "images/new_test/0.png"} <= set(inside)
     assert inside["source/lab6_utils.py"] == (ROOT / "lab6_utils.py").read_bytes()
     assert {"source/README.md", "source/environment.yml", "source/notebooks/01_data_exploration.ipynb"} <= set(inside)
     assert not [file for file in inside if "weights" in file or file.startswith("source/figures")]
     pypdf = pytest.importorskip("pypdf")
     first_page = pypdf.PdfReader(io.BytesIO(inside["report.pdf"])).pages[0].extract_text()
     assert "312550000" in first_page and "王小明" in unicodedata.normalize("NFKC", first_page)
+    done = submit(run, tmp_path / "out", "--layout", "earlier", LAB6_STUDENT_ID="312550000", LAB6_STUDENT_NAME="王小明")
+    assert done.returncode == 0, done.stderr
     saved = torch.load(tmp_path / "out" / f"DL_lab6_{name}.pth", weights_only=True)
     denoiser = lab.Denoiser(**saved["config"])
     denoiser.load_state_dict(saved["model"])

@@ -4,6 +4,7 @@ import os
 import subprocess
 
 import pytest
+import torch
 
 import lab6_utils as lab
 from lab6.runner import submission
@@ -29,7 +30,9 @@ def test_without_git_the_source_is_whole(monkeypatch, git):
         return subprocess.CompletedProcess(arguments, 128, stdout="")
 
     monkeypatch.setattr("lab6.runner.submission.subprocess.run", run)
-    files = {file.relative_to(ROOT).as_posix() for file in submission.source_files()}
+    source, new = submission.source_files()
+    assert new == []
+    files = {file.relative_to(ROOT).as_posix() for file in source}
     modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("lab6/**/*.py")}
     assert modules and modules <= files
     assert {"Makefile", "LICENSE", "lab6_utils.py", "benchmarks/speed.py", "benchmarks/results.json", "data/README.md",
@@ -39,3 +42,29 @@ def test_without_git_the_source_is_whole(monkeypatch, git):
     json_files = {file for file in files if file.endswith(".json")}
     assert json_files == {"benchmarks/results.json", "data/held_out_scenes.json", "data/unseen_sets.json"}
     assert {os.path.splitext(file)[1] for file in files}.isdisjoint({".zip", ".pth", ".pyc", ".safetensors", ".png"})
+
+
+def test_new_files_are_taken_and_named_but_nothing_hidden_or_ignored(tmp_path, monkeypatch):
+    monkeypatch.setattr("lab6.runner.submission.ROOT", tmp_path)
+    git = lambda *command: subprocess.run(["git", "-C", tmp_path, *command], check=True, capture_output=True)
+    git("init")
+    (tmp_path / ".gitignore").write_text("data/runs\n*.pth\n")
+    for name in ("old.py", "new.py", ".env", "DL_LAB6_1_a.zip", "model.pth", "data/runs/x.py", "data/train.json",
+                 "data/render.py", "figures/a.py", "notebooks/07_own.ipynb", "notes.json"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    git("add", "old.py", ".gitignore")
+    source, new = submission.source_files()
+    assert new == ["data/render.py", "new.py", "notebooks/07_own.ipynb", "notes.json"]
+    assert {file.relative_to(tmp_path).as_posix() for file in source} == {".gitignore", "old.py", *new}
+
+
+def test_images_that_are_not_there_are_refused(data, runs, monkeypatch, tmp_path):
+    settings = lab.make_settings("tiny")
+    with pytest.raises(Refused, match=r"not all 2 images of test\.json are in .*: run notebook 04 first"):
+        submission.sampled_images(settings)
+    for split, count in (("test", 2), ("new_test", 1)):
+        lab.save_images(torch.zeros(count, 3, 64, 64), settings.figures / "samples" / split)
+    found = submission.sampled_images(settings)
+    assert list(found) == ["images/test/0.png", "images/test/1.png", "images/new_test/0.png"]
+    assert all(file.is_file() for file in found.values())

@@ -54,10 +54,12 @@ def parse_value(text, default):
     if isinstance(default, str):
         return text
     if default is None:  # a setting that the preset chooses; make_settings knows its type
+        if text == "None":
+            return None
         try:
             value = _literal(text)
         except (ValueError, SyntaxError):
-            return text
+            return [parse_value(part.strip(), None) for part in text.split(",")] if "," in text else text
         return text if value is None else list(value) if isinstance(value, tuple) else value
     if isinstance(default, list) and not text.lstrip().startswith("["):
         return [parse_value(part.strip(), default[0] if default else "") for part in text.split(",")]

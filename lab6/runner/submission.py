@@ -1,6 +1,6 @@
-"""What the course wants handed in: a zip of the report and the source, and the weights as a .pth.
+"""What the course wants handed in: a zip of the report, the source and the images, or the weights as a .pth.
 
-Stands on report, parameters, runs and storage.
+Stands on report, parameters, files, runs and storage.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ ENDINGS = {"", ".cff", ".css", ".ipynb", ".j2", ".md", ".py", ".toml", ".txt", "
 JSON = ("benchmarks/results.json", "data/held_out_scenes.json", "data/unseen_sets.json")
 
 
-def make_submission(settings, weights="auto", notebooks=NOTEBOOKS):
-    """Write DL_LAB6_ID_NAME.zip and DL_lab6_ID_NAME.pth into the current folder.
+#: What the course wants in a year: images in the zip, or weights as a .pth beside it. The newest comes first.
+LAYOUTS = {"2026": "images", "earlier": "weights"}
 
-    The student's number and name are those of LAB6_STUDENT_ID and LAB6_STUDENT_NAME, the report is made of what ran
+
+def make_submission(settings, weights="auto", notebooks=NOTEBOOKS, layout="2026"):
+    """Write DL_LAB6_ID_NAME.zip and, in the layouts that want it, DL_lab6_ID_NAME.pth into the current folder.
+
+    The student's number and name are those of LAB6_STUDENT_ID and LAB6_STUDENT_NAME, report and images are of what ran
     last, and the weights are those of `load_pipeline`. Raises Refused where any of them is missing.
     """
     from lab6.runs import load_pipeline
@@ -34,41 +38,71 @@ def make_submission(settings, weights="auto", notebooks=NOTEBOOKS):
     if not all(student) or any(re.search(r'[\\/:*?"<>|\x00-\x1f]', part) for part in student):
         raise Refused('say who you are: make submission STUDENT_ID=... NAME=... (no / \\ : * ? " < > | in them)')
     try:
-        pipe = load_pipeline(settings, weights)
+        pipe = load_pipeline(settings, weights) if LAYOUTS[layout] == "weights" else None
     except (OSError, ValueError) as error:
         raise Refused(error) from None
+    images = sampled_images(settings) if LAYOUTS[layout] == "images" else {}
     pdf = make_report(settings, notebooks)
     if pdf is None:
         raise Refused("a submission needs report.pdf")
     name = "_".join(student)
     archive, network = Path(f"DL_LAB6_{name}.zip").resolve(), Path(f"DL_lab6_{name}.pth").resolve()
-    write_whole(archive, lambda temporary: write_zip(temporary, archive.stem, pdf))
-    write_whole(network, lambda temporary: write_weights(temporary, pipe))
-    print(f"submission  {archive}", f"submission  {network}", sep="\n")
+    source, new = source_files()
+    write_whole(archive, lambda temporary: write_zip(temporary, archive.stem, {"report.pdf": pdf} | images, source))
+    print(f"submission  layout {layout}: report.pdf, {len(images)} images, {len(source)} files of source",
+          *(f"submission  not yet under git, but taken: {file}" for file in new), f"submission  {archive}",
+          sep="\n")  # fmt: skip
+    if pipe:
+        write_whole(network, lambda temporary: write_weights(temporary, pipe))
+        print(f"submission  {network}")
 
 
-def write_zip(file, folder, pdf):
-    """A zip of one folder that holds report.pdf and source/."""
+def sampled_images(settings):
+    """{"images/test/0.png": file, ...} of what notebook 04 sampled last. Raises Refused where that is not all."""
+    from lab6.files import find_data
+
+    images = {}
+    for split, sets in find_data(settings.rendered_scenes).splits.items():
+        folder = settings.figures / "samples" / split
+        files = [folder / f"{number:03d}.png" for number in range(len(sets))]
+        if not all(file.is_file() for file in files):
+            raise Refused(f"not all {len(sets)} images of {split}.json are in {folder}: run notebook 04 first, or "
+                          "choose --layout earlier")  # fmt: skip
+        images |= {f"images/{split}/{number}.png": file for number, file in enumerate(files)}
+    return images
+
+
+def write_zip(file, folder, others, source):
+    """A zip of one folder that holds source/ and the other files, {name in the zip: file}."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.write(pdf, f"{folder}/report.pdf")
-        for source in source_files():
-            archive.write(source, f"{folder}/source/{source.relative_to(ROOT).as_posix()}")
+        for name, other in others.items():
+            archive.write(other, f"{folder}/{name}")
+        for each in source:
+            archive.write(each, f"{folder}/source/{each.relative_to(ROOT).as_posix()}")
 
 
 def source_files():
-    """The files of this project that git knows or, without git, those that look like source. No weights, no figures."""
-    try:
-        git = ["git", "-C", str(ROOT), "ls-files", "-z"]
-        listed = subprocess.run(git, capture_output=True, text=True).stdout.split("\0")
-    except OSError:  # no git on this computer
-        listed = []
-    files = [ROOT / file for file in listed if file]
-    if not files:
+    """The files of this project that git knows and those that are new and not ignored, and, apart, the new ones.
+    Without git: those that look like source. No weights, no figures, nothing hidden that git does not know."""
+    known, new = _list_by_git("--cached"), _list_by_git("--others", "--exclude-standard")
+    new = [file for file in new if file.suffix in {*ENDINGS, ".json"} and not file.name.startswith(".")]
+    if not known:
         found = [file for pattern in FOLDERS for file in ROOT.glob(pattern) if file.suffix in ENDINGS]
         found = [file for file in found if not file.name.startswith(".") or file.name == ".gitignore"]
-        files = [*found, *(ROOT / name for name in JSON)]
+        known, new = [*found, *(ROOT / name for name in JSON)], []
     left_out = {ROOT / "figures", ROOT / "data" / "weights", ROOT / ".ci"}
-    return [file for file in files if file.is_file() and not left_out & set(file.parents)]
+    of_ours = lambda files: [file for file in files if file.is_file() and not left_out & set(file.parents)]
+    new = [file for file in of_ours(new) if file.suffix != ".json" or file.parent != ROOT / "data"]  # not the course's
+    return of_ours(known) + new, [file.relative_to(ROOT).as_posix() for file in new]
+
+
+def _list_by_git(*which):
+    try:
+        git = ["git", "-C", str(ROOT), "ls-files", "-z", *which]
+        listed = subprocess.run(git, capture_output=True, text=True).stdout.split("\0")
+    except OSError:  # no git on this computer
+        return []
+    return [ROOT / file for file in listed if file]
 
 
 def write_weights(file, pipe):
