@@ -6,6 +6,7 @@ no part in training, choosing or guiding. Stands on files, machine, labels and s
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -81,6 +82,11 @@ class Evaluator:
                 state = torch.load(file, map_location="cpu", weights_only=True)["model"]
             network = make_evaluator_network("resnet18" if name == "course" else name)
             network.load_state_dict(state)
+        except pickle.UnpicklingError:
+            raise ValueError(
+                f"{file}: holds more than tensors, perhaps a whole model or a program, and is not run. Save its "
+                'weights anew: torch.save({"model": model.state_dict()}, file); or remove it, and ours is used.'
+            ) from None
         except Exception as error:
             raise ValueError(
                 f"{file}: not an evaluator (a ResNet-18 with Sequential(Linear(512, 24), Sigmoid()), its state "

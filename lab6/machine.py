@@ -75,6 +75,17 @@ def computes_bf16(device: str) -> bool:
 
 
 @contextlib.contextmanager
+def without_accelerate_choices():
+    """Within it, accelerate sees none of its environment variables, of `accelerate launch` or of the user, so that the
+    settings alone decide on precision, device and steps. How many processes there are it knows from torch's own."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("ACCELERATE_")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+@contextlib.contextmanager
 def enough_memory(batch_size: int):
     """Within it, a GPU's memory that is too small raises RuntimeError, which names the setting to lower."""
     try:

@@ -1,6 +1,6 @@
 """Training in several processes, one per GPU: how many, started from a notebook, and what each of them does.
 
-Stands on training, examples, runs, autoencoder, dataset, files, settings and storage.
+Stands on training, examples, runs, autoencoder, dataset, files, machine, settings and storage.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lab6.autoencoder import train_autoencoder
 from lab6.dataset import ICLEVRDataset, training_set
 from lab6.examples import batch_blocks
 from lab6.files import find_data
+from lab6.machine import without_accelerate_choices
 from lab6.runs import run_folder
 from lab6.settings import Settings
 from lab6.storage import ROOT, write_json
@@ -69,7 +70,8 @@ def train_here(settings: Settings, resume: bool = False):
     from accelerate import PartialState
 
     # The others wait while the first renders scenes or trains the autoencoder: longer than the usual ten minutes.
-    state = PartialState(cpu=settings.device == "cpu", timeout=datetime.timedelta(hours=12))
+    with without_accelerate_choices():
+        state = PartialState(cpu=settings.device == "cpu", timeout=datetime.timedelta(hours=12))
     folder = run_folder(settings)
     with state.main_process_first():  # the others find the cache
         dataset = training_set(settings, find_data(settings.rendered_scenes))

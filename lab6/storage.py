@@ -6,6 +6,7 @@ Needs no torch, so that the command line and the renderer start at once. Stands 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -54,6 +55,12 @@ def write_whole(path: Path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
+    except Exception as error:  # torch, safetensors and the disk each have their own words for a full disk
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        if full or any(words in str(error) for words in ("unexpected pos", "file write failed", "No space left")):
+            raise OSError(errno.ENOSPC, f"no space left to write {path.name} in {path.parent}: free some, or use "
+                          "another disk (LAB6_RUNS, LAB6_FIGURES); what was there is kept") from None  # fmt: skip
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -18,7 +18,15 @@ from lab6.dataset import ICLEVRDataset, data_facts
 from lab6.denoiser import make_denoiser
 from lab6.diffusion import make_scheduler
 from lab6.examples import open_examples, training_batch
-from lab6.machine import autocast, enough_memory, format_seconds, global_randomness, progress, time_left
+from lab6.machine import (
+    autocast,
+    enough_memory,
+    format_seconds,
+    global_randomness,
+    progress,
+    time_left,
+    without_accelerate_choices,
+)  # fmt: skip
 from lab6.objective import Balance, learning_rate, loss_weights, rate_factor
 from lab6.optimizers import OPTIMIZERS
 from lab6.pipeline import ICLEVRPipeline
@@ -117,8 +125,8 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
 
     if len(dataset) == 0:
         raise ValueError(f"no images to train on: the split {dataset.split!r} of this data is empty")
-    # autocast() chooses the precision; without "no", a choice of `accelerate launch` would come on top.
-    accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision="no")
+    with without_accelerate_choices():  # autocast() chooses the precision
+        accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision="no")
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:  # a second training of the same run waits, and then continues it
             stack.enter_context(exclusive(Path(folder) / "lock"))

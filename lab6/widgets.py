@@ -47,12 +47,14 @@ def _controls(widgets, pipe, settings):
     ]
     # A distilled network is fast enough to follow the slider, and has learnt only its own number of steps.
     distilled = pipe.denoiser.config.student_steps > 0
-    top = MAX_GUIDANCE_SCALE if distilled else 8.0
+    # Each slider reaches what the notebook was told, which a shorter one would cut off without a word.
+    top = MAX_GUIDANCE_SCALE if distilled else max(8.0, settings.guidance_scale)
     scale = widgets.FloatSlider(settings.guidance_scale, min=0.0, max=top, step=0.5, description="guidance s",
                                 continuous_update=distilled)  # fmt: skip
-    steps = widgets.IntSlider(settings.steps, min=1, max=50, description="steps", continuous_update=False,
-                              disabled=distilled)  # fmt: skip
-    seed = widgets.IntSlider(settings.seed, min=0, max=99, description="seed", continuous_update=False)
+    steps = widgets.IntSlider(settings.steps, min=1, max=max(50, settings.steps), description="steps",
+                              continuous_update=False, disabled=distilled)  # fmt: skip
+    seed = widgets.IntSlider(settings.seed, min=0, max=max(99, settings.seed), description="seed",
+                             continuous_update=False)  # fmt: skip
     return pickers, dict(scale=scale, steps=steps, seed=seed)
 
 

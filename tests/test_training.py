@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(small, straight, tmp_path, monke
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="no space left"):
         next(running)
     monkeypatch.setattr(torch, "save", whole)
     assert len(checkpoint(tmp_path)["history"]) == 1
@@ -423,3 +424,15 @@ def test_short_epochs_are_checkpointed_at_their_end(small, tmp_path, monkeypatch
     monkeypatch.setattr("lab6.training.write_json", lambda file, value: written.append(len(value)))
     run(tiny(batch_size=8, epochs=2), small, tmp_path)
     assert written == [1, 2]
+
+
+def test_accelerates_environment_changes_nothing(small, tmp_path, monkeypatch):
+    """The settings alone say how a network is trained."""
+    train = lambda name: list(lab.train(tiny(batch_size=8, epochs=1), small, tmp_path / name))[-1].loss
+    plain = train("plain")
+    for name, value in dict(MIXED_PRECISION="bf16", GRADIENT_ACCUMULATION_STEPS="4", DYNAMO_BACKEND="INDUCTOR",
+                            USE_CPU="yes", SPLIT_BATCHES="true").items():  # fmt: skip
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert train("with choices") == plain
+    assert os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "4", "they stay for others"
+    assert_same(weights(tmp_path / "plain" / "pipeline"), weights(tmp_path / "with choices" / "pipeline"))

@@ -49,3 +49,10 @@ def test_the_explorer_of_a_network_without_guidance():
     assert "use guidance_scale=1" in message.value
     sliders["guidance s"].value = 1.0
     assert bytes(picture.value).startswith(b"\x89PNG") and "guidance_scale" not in message.value
+
+
+def test_sliders_reach_what_the_notebook_was_told():
+    settings = tiny(steps=100, guidance_scale=12.0, seed=312550000)
+    explorer = lab.guidance_explorer(make_pipeline(settings), lab.dataclasses.replace(settings, steps=100))
+    scale, steps, seed = explorer.children[1].children[3:6]
+    assert (scale.value, steps.value, seed.value) == (12.0, 100, 312550000)
