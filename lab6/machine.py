@@ -11,7 +11,9 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -72,6 +74,30 @@ def computes_bf16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+@contextlib.contextmanager
+def hold_signals(hold: bool = True):
+    """Ctrl-C and SIGTERM take effect at the end of the block. In it, the list that it gives tells of them; a second one
+    takes effect at once. hold: False, and outside the main thread, leaves them as they are."""
+    asked, before = [], {}
+
+    def note(number, frame):
+        asked.append(number)
+        if len(asked) > 1:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    if hold and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note) or signal.SIG_DFL
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        signal.raise_signal(asked[0])
 
 
 @contextlib.contextmanager

@@ -193,7 +193,7 @@ class Training(Options):
     # the epoch whose weights the pipeline has, the last or the best; every: the last, and copies each keep_every epochs
     keep: str = option("last", "last", "best", "every", resumable=True)
     keep_every: int = count(10, resumable=True)
-    checkpoint_minutes: float = option(5.0, positive=True, resumable=True)  # within an epoch
+    checkpoint_minutes: float = option(1.0, positive=True, resumable=True)  # within an epoch
     torch_compile: bool = option(False, resumable=True)  # compile the network for training, on a GPU
 
 

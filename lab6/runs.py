@@ -5,7 +5,9 @@ Stands on pipeline, denoiser, settings, diffusion, machine and storage.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import zipfile
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from lab6.diffusion import make_sampler
 from lab6.machine import check_finite, headless
 from lab6.pipeline import ICLEVRPipeline
 from lab6.settings import Settings
-from lab6.storage import WEIGHTS, from_project, load_history, open_folder, sha256_of
+from lab6.storage import WEIGHTS, from_project, load_history, open_folder, sha256_of, write_json, write_whole
 
 
 def run_folder(settings: Settings) -> Path:
@@ -25,26 +27,58 @@ def run_folder(settings: Settings) -> Path:
     return settings.runs / settings.profile / (settings.run or settings.preset)
 
 
+#: The newest checkpoint of a run, and the one before, which serves where the newest is damaged.
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
+
+
+def write_checkpoint(folder: Path, state: dict):
+    """Keep the state of a training, and the one before."""
+    newest, previous = (Path(folder) / name for name in CHECKPOINTS)
+    write_whole(newest, lambda temporary: torch.save(state, temporary), previous)
+    write_json(Path(folder) / "history.json", state["history"])
+
+
+@contextlib.contextmanager
+def open_tensorboard(folder, steps_done, main):
+    """TensorBoard's writer of the main process, closed at the end; what a stopped run wrote after its checkpoint is
+    overwritten."""
+    if not main:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder / "tensorboard", purge_step=steps_done + 1) as writer:
+        yield writer
+
+
 def read_checkpoint(settings: Settings, data: dict, folder: Path) -> dict | None:
-    """The state in `folder`, or None where there is none.
+    """The newest state in `folder`, or None where there is none. Where it is damaged, that before it, with a line.
 
     Args:
         data: `data_facts` of the images to train on. Checkpoints of earlier versions do not know their data.
 
     Raises:
-        ValueError: it is damaged, or belongs to other settings or other data.
+        ValueError: all are damaged, or it belongs to other settings or other data.
     """
-    file = folder / "checkpoint.pt"
-    if not file.exists():
+    files = [file for name in CHECKPOINTS if (file := Path(folder) / name).exists()]
+    if not files:
         return None
-    try:
-        state = torch.load(file, map_location=settings.device, weights_only=True)
-        defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
-        saved = defaults | dict(state["settings"])  # defaults for settings that are younger than the checkpoint
-    except Exception as error:
-        raise ValueError(
-            f"{file}: not a checkpoint of this workbook ({_first_line(error)}); delete it to start afresh"
-        ) from None
+    state, wrong = None, []
+    for file in files:
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch itself does not look at the checksums
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} in it is damaged")
+            state = torch.load(file, map_location=settings.device, weights_only=True)
+            defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+            saved = defaults | dict(state["settings"])  # defaults for settings that are younger than the checkpoint
+            break
+        except Exception as error:
+            wrong.append(f"{file}: not a checkpoint of this workbook ({_first_line(error)})")
+    else:
+        raise ValueError(f"{'; '.join(wrong)}; delete {'it' if len(files) == 1 else 'both'} to start afresh")
+    for words in wrong:
+        print(f"progress: {words}; going on from {file.name}, the one before", flush=True)
     names = [field.name for field in dataclasses.fields(Settings) if not field.metadata["resumable"]]
     now = {name: getattr(settings, name) for name in names}
     differ = [f"{n} ({saved.get(n)!r} there, {now[n]!r} now)" for n in names if saved.get(n) != now[n]]

@@ -47,13 +47,18 @@ def name_of(preset: str, choices: dict) -> str:
 # ── Whole files ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_whole(path: Path, write):
-    """Call `write(temporary path)`, then rename: `path` is either the old file or the whole new one."""
+def write_whole(path: Path, write, previous: Path | None = None):
+    """Call `write(temporary path)`, then rename: `path` is either the old file or the whole new one.
+
+    previous: where the old file is kept; whenever a program stops, one of the two is whole.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")
     try:
         write(temporary)
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except Exception as error:  # torch, safetensors and the disk each have their own words for a full disk
         full = getattr(error, "errno", None) == errno.ENOSPC

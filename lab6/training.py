@@ -23,16 +23,20 @@ from lab6.machine import (
     enough_memory,
     format_seconds,
     global_randomness,
+    hold_signals,
     progress,
     time_left,
     without_accelerate_choices,
-)  # fmt: skip
+)
 from lab6.objective import Balance, learning_rate, loss_weights, rate_factor
 from lab6.optimizers import OPTIMIZERS
 from lab6.pipeline import ICLEVRPipeline
-from lab6.runs import begin_with, find_weights, read_checkpoint
+from lab6.runs import begin_with, find_weights, open_tensorboard, read_checkpoint, write_checkpoint
 from lab6.settings import Settings
-from lab6.storage import exclusive, has_folder, save_with_history, write_json, write_whole
+from lab6.storage import exclusive, has_folder, save_with_history
+
+#: What of an epoch's record goes into TensorBoard.
+LOGGED = ("loss", "learning_rate", "images_per_s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +115,8 @@ def train(settings: Settings, dataset: ICLEVRDataset, folder: Path, resume: bool
     """Train `settings`' denoiser on `dataset`; a generator that yields an `Epoch` after each epoch.
 
     Each epoch is checkpointed in `folder` (checkpoint.pt, history.json, TensorBoard's events), in a single process long
-    ones every `checkpoint_minutes`, too, and a later call with the same folder continues there, bit for bit on one CPU.
-    `epochs` may be changed in between.
+    ones every `checkpoint_minutes`, too, and at the step at which Ctrl-C or SIGTERM stops it. A later call with the
+    same folder continues there, bit for bit on one CPU. `epochs` may be changed in between.
     `folder`/pipeline holds the pipeline with the EMA weights: at the end those of the last epoch, or, with keep="best",
     those of the epoch with the least loss so far; keep="every" also leaves `folder`/epochs/NNNN.
 
@@ -153,7 +157,7 @@ def _train(settings, dataset, folder, resume, accelerator):
     loss_at = _loss(settings, network, examples, scheduler, part, state.balance, accelerator.gather)
     keep = _keeper(settings, state, data, folder, accelerator.is_main_process)
     start = time.perf_counter()
-    with _open_writer(folder, done * steps, accelerator.is_main_process) as writer:
+    with open_tensorboard(folder, done * steps, accelerator.is_main_process) as writer:
         for epoch in range(done, settings.epochs):
             with state.model.expecting(int(dataset.labels.sum(1).max())), enough_memory(settings.batch_size):
                 loss, seconds = _one_epoch(settings, state, network, loss_at, epoch, steps, accelerator, keep)
@@ -162,7 +166,9 @@ def _train(settings, dataset, folder, resume, accelerator):
             state.history = [*state.history, record]
             pipeline = ICLEVRPipeline(state.averaged(), make_scheduler(settings), examples.autoencoder)
             if accelerator.is_main_process:
-                _log(writer, record)
+                for name in LOGGED:
+                    writer.add_scalar(name, record[name], record["step"])
+                writer.flush()
                 _keep_pipeline(settings, state, pipeline, folder)
             keep()
             yield Epoch(**record, pipeline=pipeline)
@@ -204,26 +210,30 @@ def _one_epoch(settings, state, network, loss_at, epoch, steps, accelerator, kee
     done, before, start = state.part["steps"], state.part["seconds"], time.perf_counter()
     losses = torch.full((), state.part["losses"], device=settings.device)
     network.train()
-    kept = start
-    for step in progress(range(epoch * steps + done, (epoch + 1) * steps), f"epoch {epoch + 1}/{settings.epochs}"):
-        loss = loss_at(step)
-        accelerator.backward(loss)
-        if settings.gradient_clip:
-            accelerator.clip_grad_norm_(network.parameters(), settings.gradient_clip)
-        state.set_rates(rate_factor(settings, step, steps * settings.epochs))
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        state.ema.step(state.model.parameters())
-        losses += loss.detach()  # no .item(): the host would wait for the device at every step
-        if settings.device == "cpu":
-            _check_finite(settings, state, epoch, step, losses)
-        due = (now := time.perf_counter()) - kept > 60 * settings.checkpoint_minutes
-        if due and accelerator.num_processes == 1:  # several would each ask their own clock
-            kept = now
-            _check_finite(settings, state, epoch, step, losses, *state.model.parameters())
-            state.part = dict(steps=step + 1 - epoch * steps, losses=losses.item(), seconds=before + now - start)
-            keep()
-    _check_finite(settings, state, epoch, (epoch + 1) * steps - 1, losses, *state.model.parameters())
+    kept, last = start, (epoch + 1) * steps - 1
+    alone = accelerator.num_processes == 1  # several would each ask their own clock, and hear signals at other steps
+    with hold_signals(alone) as asked:
+        for step in progress(range(epoch * steps + done, last + 1), f"epoch {epoch + 1}/{settings.epochs}"):
+            loss = loss_at(step)
+            accelerator.backward(loss)
+            if settings.gradient_clip:
+                accelerator.clip_grad_norm_(network.parameters(), settings.gradient_clip)
+            state.set_rates(rate_factor(settings, step, steps * settings.epochs))
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            state.ema.step(state.model.parameters())
+            losses += loss.detach()  # no .item(): the host would wait for the device at every step
+            if settings.device == "cpu":
+                _check_finite(settings, state, epoch, step, losses)
+            due = (now := time.perf_counter()) - kept > 60 * settings.checkpoint_minutes
+            if alone and step < last and (due or asked):
+                kept = now
+                _check_finite(settings, state, epoch, step, losses, *state.model.parameters())
+                state.part = dict(steps=step + 1 - epoch * steps, losses=losses.item(), seconds=before + now - start)
+                keep()
+                if asked:
+                    break
+    _check_finite(settings, state, epoch, last, losses, *state.model.parameters())
     state.part = dict(steps=0, losses=0.0, seconds=0.0)
     loss = accelerator.reduce(losses, "mean").item() / steps  # here the host waits for the device, once an epoch
     return loss, before + time.perf_counter() - start
@@ -254,25 +264,6 @@ def _record(settings, epoch, steps, size, loss, seconds, left, before):
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _open_writer(folder, steps_done, main):
-    """TensorBoard's writer of the main process, closed at the end; what a stopped run wrote after its checkpoint is
-    overwritten."""
-    if not main:
-        yield None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(folder / "tensorboard", purge_step=steps_done + 1) as writer:
-        yield writer
-
-
-def _log(writer, record):
-    for name in ("loss", "learning_rate", "images_per_s"):
-        writer.add_scalar(name, record[name], record["step"])
-    writer.flush()
-
-
 def _keep_pipeline(settings, state, pipeline, folder):
     """Save the pipeline that an epoch leaves, where it is time for one. The checkpoint follows: if the run is stopped
     in between, the epoch is done again."""
@@ -292,7 +283,6 @@ def _keeper(settings, state, data, folder, main):
     def keep():
         if main:
             saved = state.state_dict() | dict(settings=dataclasses.asdict(settings), data=data)
-            write_whole(folder / "checkpoint.pt", lambda temporary: torch.save(saved, temporary))
-            write_json(folder / "history.json", state.history)
+            write_checkpoint(folder, saved)
 
     return keep

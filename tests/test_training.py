@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import re
+import signal
 
 import pytest
 import torch
 from conftest import assert_same, batches, part_of, run, tiny, tiny_linear
 
+import lab6.training
 import lab6_utils as lab
 
 
@@ -421,7 +423,7 @@ def test_a_long_epoch_is_continued_in_the_middle(scenes, tmp_path, monkeypatch):
 
 def test_short_epochs_are_checkpointed_at_their_end(small, tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr("lab6.training.write_json", lambda file, value: written.append(len(value)))
+    monkeypatch.setattr("lab6.runs.write_json", lambda file, value: written.append(len(value)))
     run(tiny(batch_size=8, epochs=2), small, tmp_path)
     assert written == [1, 2]
 
@@ -436,3 +438,53 @@ def test_accelerates_environment_changes_nothing(small, tmp_path, monkeypatch):
     assert train("with choices") == plain
     assert os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "4", "they stay for others"
     assert_same(weights(tmp_path / "plain" / "pipeline"), weights(tmp_path / "with choices" / "pipeline"))
+
+
+# ── Stopped and damaged ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_step_it_came_at(small, straight, tmp_path, monkeypatch, number):
+    """The step is finished and kept, and the run that continues ends as if nothing had happened."""
+    before, taken = signal.signal(signal.SIGTERM, signal.default_int_handler), []
+    batch = lab6.training.training_batch
+
+    def at_step(settings, examples, scheduler, step, part):
+        taken.append(step)
+        if len(taken) == 3:
+            signal.raise_signal(number)
+        return batch(settings, examples, scheduler, step, part)
+
+    monkeypatch.setattr("lab6.training.training_batch", at_step)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(lab.train(tiny(**VARIED), small, tmp_path))
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler, "others get their signals as before"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert len(state["history"]) * (len(small) // tiny(**VARIED).batch_size) + state["part"]["steps"] == 3
+    list(lab.train(tiny(**VARIED), small, tmp_path))
+    assert taken[3:] == list(range(3, taken[-1] + 1)), "no step is taken twice"
+    assert_same(weights(tmp_path / "pipeline"), weights(straight[0] / "pipeline"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(small, straight, tmp_path, capsys, damage):
+    training = lab.train(tiny(**VARIED), small, tmp_path)
+    next(training), next(training)
+    training.close()
+    file = tmp_path / "checkpoint.pt"
+    whole = bytearray(file.read_bytes())
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes(b ^ 255 for b in whole[middle : middle + 64]) + whole[middle + 64 :]
+    file.write_bytes({"cut": whole[:-999], "empty": b"", "flipped": flipped, "text": b"hello" * 99}[damage])
+    list(lab.train(tiny(**VARIED), small, tmp_path))
+    said = capsys.readouterr().out
+    assert "checkpoint.pt: not a checkpoint of this workbook" in said
+    assert "going on from checkpoint.previous.pt, the one before" in said
+    assert_same(weights(tmp_path / "pipeline"), weights(straight[0] / "pipeline"))
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (tmp_path / name).write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: not .*checkpoint\.previous\.pt: not .*delete both to start"):
+        list(lab.train(tiny(**VARIED), small, tmp_path))
