@@ -2,7 +2,7 @@
 # make test     run the tests                                               [ARGS="-k schedules"]
 # make bench    how fast everything is, compared with the reports' way: about ten minutes   [ARGS="--only data"]
 # make experiments   the trainings that notebook 06 compares: hours on a CPU; continues where it was stopped
-# make submission STUDENT_ID=... NAME=...   zip and weights for the course, with the report made last
+# make submission STUDENT_ID=... NAME=...   the course's zip, with the report made last   [ARGS="--layout earlier"]
 # make lab      JupyterLab on the notebooks
 # make lock     write requirements.txt from pyproject.toml                  [ARGS=--upgrade]
 # make clean    remove what can be made again quickly (keeps data/ and figures/)
@@ -13,7 +13,10 @@ PROFILE ?= auto
 BIN := .venv/bin
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable microsoft-edge
 APT := apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends
-MAKEFLAGS += --jobs=2  # the browser is installed while the packages are
+# The browser is installed while the packages are; several goals wait for each other.
+ifeq ($(words $(MAKECMDGOALS)),1)
+MAKEFLAGS += --jobs=2
+endif
 CAN_APT = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 
 help:
@@ -100,7 +103,7 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
 
 # A browser prints the PDF. Without one the report is only HTML, and run_notebooks.py says so.
-browser:
+browser: | $(BIN)/uv
 	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
 	$(CAN_APT) && echo "installing chromium" && \
 	  { $(APT) chromium fonts-noto-cjk fonts-liberation fonts-dejavu-extra; } >/dev/null 2>&1 || true

@@ -62,8 +62,8 @@ def parse(argv=None):
                         "such as a run's settings.json; of -p only resume= goes with it")  # fmt: skip
     parser.add_argument("--timeout", type=int, metavar="SECONDS", help="fail when one cell takes longer")
     parser.add_argument("--report", action="store_true", help="run nothing, only make the report again")
-    parser.add_argument("--submission", action="store_true", help="run nothing, make the course's zip and pth")
-    parser.add_argument("--layout", choices=LAYOUTS, default=next(iter(LAYOUTS)),
+    parser.add_argument("--submission", action="store_true", help="run nothing, make the course's zip")
+    parser.add_argument("--layout", choices=LAYOUTS,
                         help="what a submission holds: 2026 images in the zip, earlier weights beside it")  # fmt: skip
     parser.add_argument("--sample", metavar="LABELS", help="run no notebook, sample these label sets (a comma between "
                         "labels, a semicolon between sets) or those of a json file; -p as for notebook 04")  # fmt: skip
@@ -83,7 +83,7 @@ def plan(args, notebooks):
     notebook, and {name of the executed notebook: (path, parameters)} of all that were chosen.
     """
     check_options(args)
-    chosen = choose_notebooks(notebooks, "03" if args.train else "04" if args.sample or args.score else args.only)
+    chosen = choose_notebooks(notebooks, "03" if args.train else "04" if direct(args) else args.only)
     jobs = plan_jobs(chosen, args.assignments, args.sweep or (), by_itself=bool(args.only))
     # After the checks above, since it takes seconds (torch). diffusers loads a pipeline only if this was imported.
     import lab6_utils  # noqa: F401
@@ -92,10 +92,15 @@ def plan(args, notebooks):
     given = {}
     if args.train:
         ((_, given),) = jobs.values()
-    elif args.submission or args.sample or args.score:  # of the system that notebook 04 samples with
+    elif args.submission or direct(args):  # of the system that notebook 04 samples with
         _, given = jobs.get("04_sampling_and_guidance", (None, {}))
     settings = read_settings(args.settings) if args.settings else settings_with(args.profile, given)
     return settings, given, jobs
+
+
+def direct(args):
+    """Is this asked of no notebook, but of sampling or scoring itself?"""
+    return args.sample is not None or args.score is not None
 
 
 def check_options(args):
@@ -106,9 +111,12 @@ def check_options(args):
     if (args.workers is not None or args.scheduler) and (not fits or (args.workers and args.scheduler)):
         raise Refused("--workers N (1 or more) or --scheduler ADDRESS goes with --sweep")
     others = [assignment for assignment in args.assignments if not assignment.startswith("resume=")]
-    if (args.out and not args.sample) or (args.labels and not args.score) or (args.sample and args.score):
+    both = args.sample is not None and args.score is not None
+    if (args.out and args.sample is None) or (args.labels and args.score is None) or both:
         raise Refused("--out FOLDER goes with --sample LABELS, --labels LABELS with --score FOLDER")
-    if (args.sample or args.score) and (args.only or args.sweep or args.train or args.submission or args.report):
+    if args.layout and not args.submission:
+        raise Refused("--layout goes with --submission")
+    if direct(args) and (args.only or args.sweep or args.train or args.submission or args.report):
         raise Refused("--sample and --score run no notebook: they go without --only, --sweep, --train and the like")
     if args.settings and (not args.train or others or args.profile != "auto"):
         raise Refused("--settings FILE goes with --train, without --profile, and without -p other than -p resume=...")
@@ -119,14 +127,14 @@ def act(args, settings, given, jobs, notebooks):
     if args.train:
         train(settings, given.get("resume", "auto"))
         return
-    if args.sample:
+    if args.sample is not None:
         sample_sets(settings, given.get("weights", "auto"), args.sample, args.out)
         return
-    if args.score:
+    if args.score is not None:
         score_folder(settings, args.score, args.labels)
         return
     if args.submission:
-        make_submission(settings, given.get("weights", "auto"), notebooks, args.layout)
+        make_submission(settings, given.get("weights", "auto"), notebooks, args.layout or next(iter(LAYOUTS)))
         return
     if not args.report:
         folder = settings.runs / "notebooks" / settings.profile / ("sweep" if args.sweep else "")

@@ -45,8 +45,8 @@ def read(evaluator, dataset):
     """The course's accuracy on the images of a dataset with its 95% interval over scenes, as text."""
     scenes = [lab.scene_of(name) for name in dataset.names]
     score = lab.evaluate(evaluator, lab.to_float(dataset.pixels), dataset.labels, scenes).metrics()
-    low, high = score["ci95_sets"]
-    return f"**{score['accuracy']:.4f}** ({low:.4f} to {high:.4f}) on {len(dataset):,} images"
+    interval = " ({:.4f} to {:.4f})".format(*score["ci95_sets"]) if score["ci95_sets"] else ""
+    return f"**{score['accuracy']:.4f}**{interval} on {len(dataset):,} images"
 
 
 def trained(settings, dataset, folder):

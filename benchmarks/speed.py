@@ -56,7 +56,7 @@ def unpacked(files, folder, count=None, size=None):
     dataset = lab.ICLEVRDataset(files, "all", limit=count or 0)
     for name, picture in zip(dataset.names, lab.to_pil(lab.to_float(dataset.pixels)), strict=True):
         (picture.resize(size) if size else picture).save(folder / "iclevr" / name)
-    lists = dict(train={name: files.train[name] for name in dataset.names}, test=files.test, new_test=files.new_test)
+    lists = dict(train={name: files.train[name] for name in dataset.names}, **files.splits)
     for name, value in (lists | dict(objects={o: i for i, o in enumerate(lab.OBJECTS)})).items():
         lab.write_json(folder / f"{name}.json", value)
     return lab.read_data(folder)

@@ -147,7 +147,7 @@ class DDIM(DDIMScheduler):
         if self.config.clip_sample:
             x_0 = x_0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         fresh = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
-        x_next = a_next.sqrt() * x_0 + (1 - a_next - fresh**2).sqrt() * eps
+        x_next = a_next.sqrt() * x_0 + (1 - a_next - fresh**2).clamp(min=0).sqrt() * eps
         if eta:
             x_next += fresh * randn_tensor(sample.shape, generator, sample.device, sample.dtype)
         return DDIMSchedulerOutput(prev_sample=x_next, pred_original_sample=x_0) if return_dict else (x_next, x_0)

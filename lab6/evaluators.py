@@ -82,17 +82,18 @@ class Evaluator:
                 state = torch.load(file, map_location="cpu", weights_only=True)["model"]
             network = make_evaluator_network("resnet18" if name == "course" else name)
             network.load_state_dict(state)
-        except pickle.UnpicklingError:
-            raise ValueError(
-                f"{file}: holds more than tensors, perhaps a whole model or a program, and is not run. Save its "
-                'weights anew: torch.save({"model": model.state_dict()}, file); or remove it, and ours is used.'
-            ) from None
         except Exception as error:
-            raise ValueError(
-                f"{file}: not an evaluator (a ResNet-18 with Sequential(Linear(512, 24), Sigmoid()), its state "
-                f"dict under 'model'; {type(error).__name__}). Get the file again, or remove it: without the course's "
+            why = (
+                f"not an evaluator (a ResNet-18 with Sequential(Linear(512, 24), Sigmoid()), its state dict under "
+                f"'model'; {type(error).__name__}). Get the file again, or remove it: without the course's "
                 "checkpoint.pth ours is used."
-            ) from None
+            )
+            if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+                why = (
+                    "holds more than tensors, perhaps a whole model or a program, and is not run. Save its weights "
+                    'anew: torch.save({"model": model.state_dict()}, file); or remove it, and ours is used.'
+                )
+            raise ValueError(f"{file}: {why}") from None
         check_finite(str(file), *network.parameters())
         return cls(network, name, sha256_of(file), device)
 

@@ -42,8 +42,8 @@ class DataFiles:
 
     @property
     def evaluator(self) -> Path | None:
-        """The course's evaluator, where it lies with the data."""
-        return find_evaluator(self.root)
+        """The course's evaluator, where it lies with the data, or, if scenes are rendered, in data/."""
+        return find_evaluator(self.root) or find_evaluator()
 
     @property
     def held_out(self) -> frozenset[str]:
@@ -83,21 +83,36 @@ def find_data(rendered_scenes: int = 300) -> DataFiles:
     """
     chosen = folder_named_by("LAB6_DATA")
     root = chosen or ROOT / "data"
-    if not chosen:
-        own = {"README.md", "held_out_scenes.json", "unseen_sets.json", "render_scenes.py", "rendered_scene.py"}
-        others = sorted(e.name for e in root.iterdir() if e.name not in own | {"runs", "weights", "__pycache__"}
-                        and not e.name.startswith(".")) if root.is_dir() else []  # fmt: skip
-        if not any(Path(name).suffix.lower() in ("", ".zip", ".json", ".png") for name in others):
-            if others:
-                print(f"progress: ignored in {root}, no images or label sets: {', '.join(others)}; scenes are rendered")
-            root = render_into_runs(rendered_scenes)
+    if not chosen and not _holds_data(root):
+        root = render_into_runs(rendered_scenes)
     return read_data(root)
 
 
+def _holds_data(root):
+    """Does data/ hold anything of the course's, or a zip that cannot be opened? What else lies there is named."""
+    names = {name for kind in ("train", "test", "new_test", "objects") for name in _LISTS[kind]}
+    for holding in look_into(root):
+        if holding.trouble or names & holding.files.keys() or any(n.startswith("CLEVR_") for n in _pictures(holding)):
+            return True
+    own = {"README.md", "held_out_scenes.json", "unseen_sets.json", "render_scenes.py", "rendered_scene.py", "runs",
+           "weights", "__pycache__", *EVALUATORS}  # fmt: skip
+    others = sorted(path.name for path in root.glob("*") if path.name not in own and not path.name.startswith("."))
+    if others:
+        print(f"progress: ignored in {root}, no images or label sets: {', '.join(others)}; scenes are rendered")
+    return False
+
+
 def find_evaluator(root: Path | None = None) -> Path | None:
-    """The course's evaluator in a folder, by default the one that LAB6_DATA names, or data/; None where it has none."""
+    """The course's evaluator in a folder, two levels deep; by default the one that LAB6_DATA names, or data/. None
+    where there is none."""
     root = root or folder_named_by("LAB6_DATA") or ROOT / "data"
-    return next((path for name in EVALUATORS if (path := root / name).is_file()), None)
+    found = [h.files[name] for h in look_into(root) for name in EVALUATORS if name in h.files]
+    unpacked = [entry for entry in found if isinstance(entry, Path)]
+    if found and not unpacked:
+        print(
+            f"progress: {found[0].filename} is in a zip in {root}: unpack it, and it is used in place of our evaluator"
+        )
+    return unpacked[0] if unpacked else None
 
 
 def read_data(root: Path) -> DataFiles:
@@ -108,8 +123,10 @@ def read_data(root: Path) -> DataFiles:
     may be missing: then it has no label sets. Prints what was taken from where, unless all is in its usual place.
     """
     holdings = look_into(root)
-    found = {kind: next(((h, name) for h in holdings for name in names if name in h.files), None)
-             for kind, names in _LISTS.items()}  # fmt: skip
+    found = {kind: _find(holdings, names) for kind, names in _LISTS.items()}
+    for kind in ("render", "places"):  # they belong to the train.json beside them
+        if found[kind] and found[kind][0] is not (found["train"] or [None])[0]:
+            found[kind] = None
     missing = [" or ".join(_LISTS[kind]) for kind in ("objects", "train", "test") if not found[kind]]
     said = {kind: of[0].json(of[1]) for kind, of in found.items() if of}
     train = _check_train(said["train"], found["train"]) if found["train"] else {}
@@ -117,13 +134,12 @@ def read_data(root: Path) -> DataFiles:
     if not (train.keys() & images.files.keys() if train else _pictures(images)):
         missing.insert(0, "iclevr/ or iclevr.zip")
     if missing:
-        for trouble in (h.trouble for h in holdings if h.trouble):
-            raise ValueError(trouble)
+        troubles = "".join(f" {h.trouble}." for h in holdings if h.trouble)
         raise FileNotFoundError(
             f"No i-CLEVR data: {', '.join(missing)} not found in {root} (the folder that LAB6_DATA names, else data/), "
             "two levels deep and in zips. Put the course's files iclevr/ (or iclevr.zip), train.json, test.json, "
             "new_test.json and objects.json (or object.json) there, or set LAB6_DATA to the folder that has them; "
-            "without any, and LAB6_DATA not set, scenes are rendered."
+            f"without any, and LAB6_DATA not set, scenes are rendered.{troubles}"
         )
     if said["objects"] != {name: i for i, name in enumerate(OBJECTS)}:
         raise ValueError(f"{_where(found['objects'])}: not the 24 objects of i-CLEVR with the indices 0 to 23")
@@ -135,6 +151,17 @@ def read_data(root: Path) -> DataFiles:
     source = "rendered scenes" if found["render"] else "course files"
     places = _check_places(said.get("places", {}), train, found["places"])
     return DataFiles(root, images.path, train, sets["test"], sets.get("new_test", []), source, places)
+
+
+def _find(holdings, names):
+    """The first of these files, (holding, name), or None. Raises ValueError where there is another that says
+    something else."""
+    found = [(holding, name) for holding in holdings for name in names if name in holding.files]
+    for other in found[1:]:
+        if other[0].json(other[1]) != found[0][0].json(found[0][1]):
+            raise ValueError(f"{_where(found[0])} and {_where(other)} differ: two sets of data in one folder. Remove "
+                             "one, or set LAB6_DATA to the folder of the other")  # fmt: skip
+    return found[0] if found else None
 
 
 def _where(found):

@@ -68,7 +68,7 @@ def look_into(root: Path, depth: int = 2) -> list[Holding]:
     for _ in range(depth + 1):
         below = []
         for folder in level:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []
+            entries = _list_folder(folder)
             files = {entry.name: Path(entry.path) for entry in entries if entry.is_file()}
             folders.append(Holding(folder, files))
             zips += [path for name, path in files.items() if name.lower().endswith(".zip")]
@@ -76,6 +76,14 @@ def look_into(root: Path, depth: int = 2) -> list[Holding]:
                       and entry.name not in _SKIPPED and not entry.name.startswith(".")]  # fmt: skip
         level = below
     return folders + list(map(_open_zip, zips))
+
+
+def _list_folder(folder):
+    """What is in a folder; nothing where it may not be read, such as lost+found."""
+    try:
+        return sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except (PermissionError, NotADirectoryError, FileNotFoundError):
+        return []
 
 
 def _open_zip(path):

@@ -23,8 +23,8 @@ def bootstrap_intervals(hits: np.ndarray, totals: np.ndarray, resamples: int = 1
 
     Returns:
         ([low, high] over seeds, or None with fewer than 5 or all alike, whose spread says too little; [low, high]
-        over seeds and label sets, or None with one set, or where all were found or none, as resampling then shows no
-        spread whatever there is).
+        over seeds and label sets, or None with one set, or where all have the same share, since resampling then shows
+        no spread, whatever there is).
     """
     rng = np.random.default_rng(0)
     count, sets = hits.shape
@@ -113,7 +113,8 @@ def frechet_by_halves(sampled: torch.Tensor, real: torch.Tensor, scenes, other: 
 
 
 def mean_by_group(values, groups) -> list[float]:
-    """[mean, low, high] of (N,) values, 95% percentile bootstrap; values of one group (a scene) stay together."""
+    """[mean, low, high] of (N,) values, 95% percentile bootstrap; values of one group (a scene) stay together. Where
+    all are alike low and high are None."""
     return _ratio(np.asarray(values, dtype=float), np.ones(len(groups)), groups)
 
 
@@ -121,7 +122,7 @@ def _ratio(values, totals, groups):
     """[sum of values / sum of totals, low, high], 95% percentile bootstrap of the groups."""
     number = np.unique(groups, return_inverse=True)[1]
     values, totals = np.bincount(number, values), np.bincount(number, totals)
-    interval = bootstrap_intervals(values[None], totals)[1] or [float("nan")] * 2
+    interval = bootstrap_intervals(values[None], totals)[1] or [None, None]
     return [round(float(values.sum() / totals.sum()), 4), *interval]
 
 

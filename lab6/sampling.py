@@ -13,7 +13,7 @@ import torch
 from lab6.diffusion import NOT_WITH_ZERO_SNR, SAMPLERS, make_sampler, make_scheduler, set_times
 from lab6.guidance import GUIDANCES, guidance_kind, steps_with_guidance
 from lab6.labels import encode_labels, encode_places
-from lab6.machine import autocast, make_generator, progress
+from lab6.machine import autocast, make_generator, progress, without_accelerate_choices
 from lab6.pipeline import ICLEVRPipeline
 from lab6.settings import Settings
 
@@ -76,7 +76,8 @@ def _sample_part(pipe, label_sets, settings, seeds, overrides):
     """This process's share of the seeds, as an array, which outlives the process."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=settings.device == "cpu")
+    with without_accelerate_choices():
+        state = PartialState(cpu=settings.device == "cpu")
     with state.split_between_processes(seeds) as mine:
         return _sample_seeds(_move(pipe, state.device), label_sets, settings, mine, overrides).numpy()
 

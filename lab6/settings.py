@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lab6.conditioning import CONDITIONINGS
 from lab6.diffusion import NOT_WITH_ZERO_SNR, SAMPLERS, SCHEDULES
-from lab6.guidance import GUIDANCES, guidance_kind
+from lab6.guidance import GUIDANCES, MAX_GUIDANCE_SCALE, guidance_kind
 from lab6.layouts import PLACES
 from lab6.machine import computes_bf16, find_device, has_cuda
 from lab6.optimizers import OPTIMIZERS
@@ -108,6 +108,9 @@ class Settings(Scoring, Sampling, Training, Data, System, Run):  # dataclasses p
             wrong = ["prediction='v_prediction' or 'sample', since at the last t eps says nothing about x_0"]
         if wrong:
             raise ValueError(f"teacher={self.teacher!r}: distillation needs {', '.join(wrong)}")
+        if guidance_kind(self) == "classifier-free" and self.guidance_scale > MAX_GUIDANCE_SCALE:
+            raise ValueError(f"guidance_scale={self.guidance_scale:g} for a distilled network: it has learnt scales up "
+                             f"to {MAX_GUIDANCE_SCALE:g}")  # fmt: skip
         if self.num_train_timesteps % self.student_steps or self.teacher_steps % self.student_steps:
             raise ValueError(
                 f"student_steps={self.student_steps}: must divide num_train_timesteps={self.num_train_timesteps} and "

@@ -249,8 +249,8 @@ def _check_finite(settings, state, epoch, step, *tensors):
         f"epoch {epoch + 1}, step {step + 1}: loss or weights are no longer finite numbers. Usual causes: a learning "
         f"rate that is too high (learning_rate={settings.learning_rate:g}, muon_learning_rate="
         f"{settings.muon_learning_rate:g}), no gradient_clip ({settings.gradient_clip:g}), or few digits (precision="
-        f"{settings.precision!r}). Nothing of this is saved; {kept} stays. Lower the rate and name another run "
-        "(run='...'), or continue with precision='fp32' and resume='yes'."
+        f"{settings.precision!r}). Nothing of this is saved; {kept} stays. Lower the rate, and name another run "
+        "(run='...') or go on from there."
     )
 
 

@@ -208,7 +208,7 @@ def test_a_zip_that_points_outside_is_refused(tmp_path, runs, monkeypatch, path)
     with zipfile.ZipFile(folder / "iclevr.zip", "a") as archive:
         archive.writestr(path, png(noise_picture(np.random.default_rng(0))))
     monkeypatch.setenv("LAB6_DATA", str(folder))
-    with pytest.raises(ValueError, match="points outside the zip"):
+    with pytest.raises(FileNotFoundError, match="points outside the zip"):
         lab.ICLEVRDataset(lab.find_data())
     assert not list(tmp_path.rglob("evil.png")) and cached(runs) == []
 
@@ -217,7 +217,9 @@ def test_what_is_no_zip_is_named(tmp_path, runs, monkeypatch):
     folder = make_data(tmp_path / "data", as_zip=True)
     (folder / "iclevr.zip").write_bytes(b"hello")
     monkeypatch.setenv("LAB6_DATA", str(folder))
-    with pytest.raises(ValueError, match=r"iclevr\.zip: not a readable zip file"):
+    with pytest.raises(
+        FileNotFoundError, match=r"iclevr/ or iclevr\.zip not found .*iclevr\.zip: not a readable zip file"
+    ):
         lab.ICLEVRDataset(lab.find_data())
 
 

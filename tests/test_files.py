@@ -197,12 +197,34 @@ def test_what_is_ignored_in_the_workbooks_folder_is_said(tmp_path, monkeypatch, 
     assert lab.find_data().root == rendered
     assert "ignored in" in (said := capsys.readouterr().out) and "best_model.pth; scenes are rendered" in said
     (tmp_path / "data" / "lab6.zip").write_bytes(b"hello")
-    with pytest.raises(ValueError, match=r"lab6\.zip: not a readable zip file"):
+    with pytest.raises(FileNotFoundError, match=r"lab6\.zip: not a readable zip file"):
         lab.find_data()
     (tmp_path / "data" / "lab6.zip").unlink()
-    (tmp_path / "data" / "pictures").mkdir()
+    (tmp_path / "data" / "my_sets.json").write_text("[]")
+    assert lab.find_data().root == rendered, "what is not the course's does not stand in the way"
+    (tmp_path / "data" / "test.json").write_text("[]")
     with pytest.raises(FileNotFoundError, match=r"not found in .*data"):
         lab.find_data()
+
+
+def test_two_sets_of_data_are_not_mixed(data):
+    """Rendered scenes have images of the same names as the course's."""
+    shutil.copytree(data, data / "extra")
+    (data / "extra" / "render.json").write_text("{}")
+    (data / "extra" / "places.json").write_text("{}")
+    files = lab.find_data()
+    assert (files.source, files.images, files.places) == ("course files", data / "iclevr", {}), "a copy is the same"
+    (data / "extra" / "test.json").write_text('[["red cube"]]')
+    with pytest.raises(ValueError, match=r"data/test\.json and .*extra/test\.json differ: two sets of data"):
+        lab.find_data()
+
+
+def test_an_evaluator_is_found_where_the_json_is(data, capsys):
+    (data / "file").mkdir()
+    (data / "file" / "checkpoint.pth").touch()
+    assert lab.find_data().evaluator == data / "file" / "checkpoint.pth"
+    zipped(data / "file", data / "file.zip")
+    assert lab.find_data().evaluator is None and "checkpoint.pth is in a zip in" in capsys.readouterr().out
 
 
 def test_far_too_large_members_and_images_are_refused(data, runs, monkeypatch):

@@ -172,3 +172,4 @@ def test_equal_values_are_no_certainty():
     for found in (totals, 0 * totals):
         assert lab.bootstrap_intervals(np.tile(found, (16, 1)), totals) == (None, None)
     assert lab.bootstrap_intervals(np.array([[1, 2, 2]]), totals)[1] is not None
+    assert lab.mean_by_group(np.zeros(4), list("aabb")) == [0, None, None]

@@ -51,6 +51,11 @@ def test_a_json_file_is_sampled_and_older_images_go(weights, runs, tmp_path, sai
     assert sample(weights, "red cube; gray cube; blue cube", tmp_path / "out") == 0
     assert sample(weights, tmp_path / "my sets.json", tmp_path / "out") == 0
     assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["0.png", "grid.png"]
+    for own in ("IMG_2019.png", "x_7.png"):
+        (tmp_path / "out" / own).touch()
+    assert sample(weights, "gray cube; blue cube", tmp_path / "out") == 0
+    names = ["0.png", "1.png", "IMG_2019.png", "grid.png", "x_7.png"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == names, "what others put there stays"
 
 
 def test_a_folder_is_scored_by_evaluator_and_judge(real_files, tmp_path, runs, capsys):
@@ -81,7 +86,9 @@ def test_one_image_is_scored_without_intervals(tmp_path, runs, capsys):
     [
         (["--sample", "red cub"], "'red cub': unknown label 'red cub' in label set 0: did you mean 'red cube'?"),
         (["--sample", "red cube, red cube"], "is twice"),
-        (["--sample", ";"], "one or more images"),
+        (["--sample", ""], "one or more images"),
+        (["--sample", "red cube, " * 99], "is twice"),
+        (["--layout", "2026"], "--layout goes with --submission"),
         (["--sample", "nowhere.json"], "nowhere.json: not readable"),
         (["--sample", "red cube", "-p", "preset=nothing"], "preset='nothing': choose from"),
         (["--sample", "red cube", "-p", "colour=red"], "no such parameter"),

@@ -50,12 +50,12 @@ def test_new_files_are_taken_and_named_but_nothing_hidden_or_ignored(tmp_path, m
     git("init")
     (tmp_path / ".gitignore").write_text("data/runs\n*.pth\n")
     for name in ("old.py", "new.py", ".env", "DL_LAB6_1_a.zip", "model.pth", "data/runs/x.py", "data/train.json",
-                 "data/render.py", "figures/a.py", "notebooks/07_own.ipynb", "notes.json"):  # fmt: skip
+                 ".ssh/id.py", "data/file/x.json", "figures/a.py", "notebooks/07_own.ipynb", "notes.json"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     git("add", "old.py", ".gitignore")
     source, new = submission.source_files()
-    assert new == ["data/render.py", "new.py", "notebooks/07_own.ipynb", "notes.json"]
+    assert new == ["new.py", "notebooks/07_own.ipynb", "notes.json"]
     assert {file.relative_to(tmp_path).as_posix() for file in source} == {".gitignore", "old.py", *new}
 
 

@@ -9,19 +9,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lab6.runner.parameters import Refused
+from lab6.runner.parameters import Refused, refusing
 from lab6.storage import WEIGHTS, from_project, read_json, write_json, write_whole
 
 #: Most images of one grid; more are kept as single files only.
 IN_A_GRID = 256
-
-
-def _refusing(function, *arguments):
-    """What a function returns; what it raises for a file or a value that is not right becomes Refused."""
-    try:
-        return function(*arguments)
-    except (OSError, ValueError) as error:
-        raise Refused(error) from None
 
 
 def read_sets(what: str) -> list[list[str]]:
@@ -31,13 +23,12 @@ def read_sets(what: str) -> list[list[str]]:
     """
     from lab6.files import check_sets
 
-    path = Path(what)
-    if not (what.lower().endswith(".json") or path.is_file()):
+    if not what.lower().endswith(".json"):
         sets = [[label.strip() for label in of.split(",") if label.strip()] for of in what.split(";") if of.strip()]
-        return _refusing(check_sets, sets, repr(what))
-    path = path if path.is_file() else from_project(what)
-    said = _refusing(read_json, path)
-    return _refusing(check_sets, list(said.values()) if isinstance(said, dict) else said, str(path))
+        return refusing(check_sets, sets, repr(what))
+    path = Path(what) if Path(what).is_file() else from_project(what)
+    said = refusing(read_json, path)
+    return refusing(check_sets, list(said.values()) if isinstance(said, dict) else said, str(path))
 
 
 def sample_sets(settings, weights, what: str, folder: Path | None):
@@ -53,15 +44,17 @@ def sample_sets(settings, weights, what: str, folder: Path | None):
     from lab6.sampling import places_of, sample
 
     sets = read_sets(what)
-    pipe = _refusing(load_pipeline, settings, weights)
+    pipe = refusing(load_pipeline, settings, weights)
     if settings.guidance in BY_CLASSIFIER:
-        pipe.classifier = _refusing(Evaluator.load, find_evaluator() or WEIGHTS / "evaluator", settings.device)
+        pipe.classifier = refusing(Evaluator.load, find_evaluator() or WEIGHTS / "evaluator", settings.device)
     folder = Path(folder) if folder else settings.figures / "samples" / "own"
-    images = _refusing(sample, pipe, sets, settings, settings.seed)
-    for number, image in enumerate(to_pil(images)):
+    refusing(lambda: folder.mkdir(parents=True, exist_ok=True))
+    images = refusing(sample, pipe, sets, settings, settings.seed)
+    for number, image in enumerate(refusing(to_pil, images)):
         write_whole(folder / f"{number}.png", lambda temporary, image=image: image.save(temporary, "png"))
-    for old in numbered(folder)[len(images) :]:
+    for old in (path for path in folder.glob("*.png") if path.stem.isdecimal() and int(path.stem) >= len(images)):
         old.unlink()
+    (folder / "grid.png").unlink(missing_ok=True)
     if len(sets) <= IN_A_GRID:
         fig = plot_images(images, sets, columns=min(8, len(sets)), width=min(8, 1.6 * len(sets)))
         write_whole(folder / "grid.png", lambda temporary: fig.savefig(temporary, format="png", bbox_inches="tight"))
@@ -105,10 +98,10 @@ def score_folder(settings, folder: Path, what: str | None):
         raise Refused(f"--score {folder}: {len(files)} files named by number (0.png, 1.png, ...) for {len(sets)} label "
                       "sets: these must agree, in the same order")  # fmt: skip
     holding = open_holding(folder)
-    pixels = [torch.from_numpy(to_pixels(_refusing(open_image, holding, path.name))) for path in files]
+    pixels = [torch.from_numpy(to_pixels(refusing(open_image, holding, path.name))) for path in files]
     images, lines, kept = to_float(torch.stack(pixels)), [], []
     for weights in (find_evaluator() or WEIGHTS / "evaluator", WEIGHTS / "judge"):
-        scorer = _refusing(Evaluator.load, weights, settings.device)
+        scorer = refusing(Evaluator.load, weights, settings.device)
         evaluation = evaluate(scorer, images, sets)
         metrics = evaluation.metrics()
         if not kept:

@@ -25,6 +25,14 @@ class Refused(Exception):
     """A request that cannot be carried out; the message is for the person who made it."""
 
 
+def refusing(function, *arguments):
+    """What a function returns; what it raises for a file or a value that is not right becomes Refused."""
+    try:
+        return function(*arguments)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Refused(error) from None
+
+
 # ── Notebooks and the names of their parameters ────────────────────────────────────────────────────────
 
 

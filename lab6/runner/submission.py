@@ -11,7 +11,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-from lab6.runner.parameters import NOTEBOOKS, Refused
+from lab6.runner.parameters import NOTEBOOKS, Refused, refusing
 from lab6.runner.report import make_report
 from lab6.storage import ROOT, write_whole
 
@@ -37,10 +37,7 @@ def make_submission(settings, weights="auto", notebooks=NOTEBOOKS, layout="2026"
     student = [os.environ.get(name, "").strip() for name in ("LAB6_STUDENT_ID", "LAB6_STUDENT_NAME")]
     if not all(student) or any(re.search(r'[\\/:*?"<>|\x00-\x1f]', part) for part in student):
         raise Refused('say who you are: make submission STUDENT_ID=... NAME=... (no / \\ : * ? " < > | in them)')
-    try:
-        pipe = load_pipeline(settings, weights) if LAYOUTS[layout] == "weights" else None
-    except (OSError, ValueError) as error:
-        raise Refused(error) from None
+    pipe = refusing(load_pipeline, settings, weights) if LAYOUTS[layout] == "weights" else None
     images = sampled_images(settings) if LAYOUTS[layout] == "images" else {}
     pdf = make_report(settings, notebooks)
     if pdf is None:
@@ -62,7 +59,7 @@ def sampled_images(settings):
     from lab6.files import find_data
 
     images = {}
-    for split, sets in find_data(settings.rendered_scenes).splits.items():
+    for split, sets in refusing(find_data, settings.rendered_scenes).splits.items():
         folder = settings.figures / "samples" / split
         files = [folder / f"{number:03d}.png" for number in range(len(sets))]
         if not all(file.is_file() for file in files):
@@ -85,14 +82,15 @@ def source_files():
     """The files of this project that git knows and those that are new and not ignored, and, apart, the new ones.
     Without git: those that look like source. No weights, no figures, nothing hidden that git does not know."""
     known, new = _list_by_git("--cached"), _list_by_git("--others", "--exclude-standard")
-    new = [file for file in new if file.suffix in {*ENDINGS, ".json"} and not file.name.startswith(".")]
+    hidden = lambda file: any(part.startswith(".") for part in file.relative_to(ROOT).parts)
+    new = [file for file in new if file.suffix in {*ENDINGS, ".json"} and not hidden(file)]
     if not known:
         found = [file for pattern in FOLDERS for file in ROOT.glob(pattern) if file.suffix in ENDINGS]
         found = [file for file in found if not file.name.startswith(".") or file.name == ".gitignore"]
         known, new = [*found, *(ROOT / name for name in JSON)], []
     left_out = {ROOT / "figures", ROOT / "data" / "weights", ROOT / ".ci"}
     of_ours = lambda files: [file for file in files if file.is_file() and not left_out & set(file.parents)]
-    new = [file for file in of_ours(new) if file.suffix != ".json" or file.parent != ROOT / "data"]  # not the course's
+    new = [file for file in of_ours(new) if ROOT / "data" not in file.parents]  # where the course's files lie
     return of_ours(known) + new, [file.relative_to(ROOT).as_posix() for file in new]
 
 
