@@ -32,9 +32,9 @@ test: .venv/installed browser
 EXPERIMENT := $(BIN)/python run_notebooks.py --profile shipped --only 06 -p preset=tokens -p max_images=0 \
   -p epochs=2 -p batch_size=32 -p steps=10 --sweep seed=0,1
 SMALL := channels=[32,48,64]
-# A small layout, for one epoch, with one part of its recipe changed.
-RECIPE := $(BIN)/python run_notebooks.py --profile shipped --only 06 -p preset=layout -p max_images=0 -p epochs=1 \
-  -p batch_size=32 -p seeds=2 --sweep
+# A small layout, for 8,192 images, with one part of its recipe changed.
+RECIPE := $(BIN)/python run_notebooks.py --profile shipped --only 06 -p preset=layout -p max_images=8192 -p epochs=1 \
+  -p batch_size=32 -p learning_rate=4e-3 -p seeds=2 --sweep
 
 experiments: .venv/installed
 	$(EXPERIMENT) $(SMALL)
