@@ -84,7 +84,7 @@ PRESETS = {
     # Distilled from layout: the scale is an input, and four DDIM steps do what eight guided steps of its teacher do.
     "few-step": dict(teacher="layout", conditioning="layout", student_steps=4, teacher_steps=8, label_dropout=0.0,
                      epochs=8, object_shares=(0.2, 0.3, 0.5), optimizer="muon", learning_rate=4e-4,
-                     muon_learning_rate=7e-4, warmup_steps=50, decay_fraction=1.0, sampler="ddim", guidance_scale=2.0),
+                     muon_learning_rate=7e-4, warmup_steps=50, decay_fraction=1.0, sampler="ddim", guidance_scale=3.0),
     # Ours, in the latents of an autoencoder (4 x 16 x 16), which is trained first.
     "latent": dict(space="latents", patch=1, channels=(96, 144, 192), attention=("none", "cross", "cross")),
     # Report A. Assumed: widths, two layers a block, attention in the middle block, linear schedule, Dropout(0.1). It
