@@ -25,14 +25,15 @@ def on_far(tmp_path, *what):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_training_waits_once_an_epoch(tmp_path):
+def test_training_waits_twice_an_epoch(tmp_path):
     found = on_far(tmp_path, "training")
     for preset in ("tokens", "layout"):
         waits = found[f"none, {preset}"]["waits"]
         of_order = {place for place in waits if "examples.py" in place}  # of shares of objects, once an epoch
         assert len(of_order) <= (2 if preset == "layout" else 0), waits
-        (place,) = waits.keys() - of_order
-        assert set(waits.values()) == {1} and "training.py" in place, waits
+        places = waits.keys() - of_order  # for the loss, and to see that it and the weights are finite
+        assert set(waits.values()) == {1} and len(places) == 2, waits
+        assert all("training.py" in place for place in places), waits
         assert 0 < found[f"none, {preset}"]["loss"] < 2
     for fault in ("labels, tokens", "weights, tokens"):  # those of the batch, or of the loss, that stay on the CPU
         assert 5 in found[fault]["waits"].values(), f"a wait in each step: {found[fault]['waits']}"

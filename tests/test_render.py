@@ -163,7 +163,7 @@ def test_find_data_renders_where_there_is_nothing(tmp_path, runs, monkeypatch):
     assert lab.find_data(3) == files and (files.root / "train.json").stat().st_mtime_ns == stamp, "once"
     assert files.held_out == {"000002"}, "the last of the scenes, in proportion"
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.json").write_text("{}")
+    (tmp_path / "data" / "train.json").write_text('{"CLEVR_train_000000_0.png": ["red cube"]}')
     with pytest.raises(FileNotFoundError, match=r"iclevr/ or iclevr\.zip"):
         lab.find_data(3)
 
