@@ -26,8 +26,8 @@ def prepare_evaluator(settings: Settings, files: DataFiles, choice: str = "auto"
     (the profiles full and tiny train it first, unless they have done so)."""
     if choice != "auto":
         return Evaluator.load(choice, settings.device)
-    if files.evaluator:
-        return Evaluator.find(files, settings.device)
+    if file := files.evaluator:
+        return Evaluator.load(file, settings.device)
     return _load_or_train(settings, files, "evaluator", "resnet18")
 
 

@@ -100,8 +100,8 @@ class Evaluator:
     @classmethod
     def find(cls, files: DataFiles | None = None, device: str = "cpu") -> Evaluator:
         """The course's, in one of the files EVALUATORS where it lies with the data, else the evaluator that ships."""
-        if files is not None and files.evaluator:
-            return cls.load(files.evaluator, device)
+        if files is not None and (file := files.evaluator):
+            return cls.load(file, device)
         return cls.load(WEIGHTS / "evaluator", device)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ class DataFiles:
     @property
     def evaluator(self) -> Path | None:
         """The course's evaluator, where it lies with the data, or, if scenes are rendered, in data/."""
-        return find_evaluator(self.root) or find_evaluator()
+        return find_evaluator(self.root) or (find_evaluator() if self.source == "rendered scenes" else None)
 
     @property
     def held_out(self) -> frozenset[str]:

@@ -90,7 +90,9 @@ def hold_signals(hold: bool = True):
 
     if hold and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note) or signal.SIG_DFL
+            if (handler := signal.getsignal(number)) != signal.SIG_IGN:  # as in a shell's background
+                before[number] = handler or signal.SIG_DFL
+                signal.signal(number, note)
     try:
         yield asked
     finally:

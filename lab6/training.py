@@ -226,13 +226,15 @@ def _one_epoch(settings, state, network, loss_at, epoch, steps, accelerator, kee
             if settings.device == "cpu":
                 _check_finite(settings, state, epoch, step, losses)
             due = (now := time.perf_counter()) - kept > 60 * settings.checkpoint_minutes
-            if alone and step < last and (due or asked):
+            if asked or (due and alone and step < last):  # at its end the epoch itself is kept
                 kept = now
                 _check_finite(settings, state, epoch, step, losses, *state.model.parameters())
                 state.part = dict(steps=step + 1 - epoch * steps, losses=losses.item(), seconds=before + now - start)
                 keep()
                 if asked:
                     break
+    if asked:  # and whoever handled the signal let the program go on
+        raise KeyboardInterrupt
     _check_finite(settings, state, epoch, last, losses, *state.model.parameters())
     state.part = dict(steps=0, losses=0.0, seconds=0.0)
     loss = accelerator.reduce(losses, "mean").item() / steps  # here the host waits for the device, once an epoch

@@ -444,14 +444,15 @@ def test_accelerates_environment_changes_nothing(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_the_step_it_came_at(small, straight, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("steps", [3, 5])  # amid an epoch, and in its last step
+def test_a_signal_leaves_the_step_it_came_at(small, straight, tmp_path, monkeypatch, number, steps):
     """The step is finished and kept, and the run that continues ends as if nothing had happened."""
     before, taken = signal.signal(signal.SIGTERM, signal.default_int_handler), []
     batch = lab6.training.training_batch
 
     def at_step(settings, examples, scheduler, step, part):
         taken.append(step)
-        if len(taken) == 3:
+        if len(taken) == steps:
             signal.raise_signal(number)
         return batch(settings, examples, scheduler, step, part)
 
@@ -463,9 +464,9 @@ def test_a_signal_leaves_the_step_it_came_at(small, straight, tmp_path, monkeypa
     finally:
         signal.signal(signal.SIGTERM, before)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert len(state["history"]) * (len(small) // tiny(**VARIED).batch_size) + state["part"]["steps"] == 3
+    assert len(state["history"]) * (len(small) // tiny(**VARIED).batch_size) + state["part"]["steps"] == steps
     list(lab.train(tiny(**VARIED), small, tmp_path))
-    assert taken[3:] == list(range(3, taken[-1] + 1)), "no step is taken twice"
+    assert taken[steps:] == list(range(steps, taken[-1] + 1)), "no step is taken twice"
     assert_same(weights(tmp_path / "pipeline"), weights(straight[0] / "pipeline"))
 
 
@@ -488,3 +489,19 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(small, straight, tmp_p
         (tmp_path / name).write_bytes(b"hello")
     with pytest.raises(ValueError, match=r"checkpoint\.pt: not .*checkpoint\.previous\.pt: not .*delete both to start"):
         list(lab.train(tiny(**VARIED), small, tmp_path))
+
+
+def test_a_signal_that_is_ignored_stays_so(small, straight, tmp_path, monkeypatch):
+    """As in the background of a shell: the training does not even stop between two steps."""
+    before, batch = signal.signal(signal.SIGINT, signal.SIG_IGN), lab6.training.training_batch
+
+    def at_step(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return batch(*arguments)
+
+    monkeypatch.setattr("lab6.training.training_batch", at_step)
+    try:
+        list(lab.train(tiny(**VARIED), small, tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert_same(weights(tmp_path / "pipeline"), weights(straight[0] / "pipeline"))
